@@ -1,0 +1,178 @@
+"""The sparse PyTorch path of the adapter: memory follows the picks and the active rows, never T × r.
+
+It runs on any device; ``reference.py`` is what it must equal. A token's picks are held in a padded [T, K] table, so that
+"a token combines its K rows" is an embedding bag, and "a row sums over its tokens" is the transposed bag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of a temporary block: large enough to amortise a call, small enough to stay in a CPU's last-level cache.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The discrete outcome of routing: everything that a recomputation must replay rather than choose again."""
+
+    experts: Tensor
+    """[T, n] int64: each token's experts, ascending."""
+    active: Tensor
+    """[U] int64: the rows that any token uses, ascending."""
+    picks: Tensor
+    """[T, K] int64: each token's rows as positions in ``active``; 0 where ``valid`` is false."""
+    slots: Tensor
+    """[T, K] int64: which of the token's n experts a pick belongs to; 0 where ``valid`` is false."""
+    valid: Tensor
+    """[T, K] bool: false where a token has fewer than K positive activations, or the cap dropped the row."""
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """What the cap did to one micro-batch in one layer."""
+
+    wanted_rows: int
+    """Rows that the tokens picked, before the cap."""
+    mass: Tensor
+    """Scalar: total activation of all picks."""
+    kept_mass: Tensor
+    """Scalar: total activation of the picks that were kept."""
+
+
+def route(logits: Tensor, experts_per_token: int) -> Tensor:
+    """[T, n] int64, ascending: the n experts of largest logit [T, N]; ties to the lowest id, NaN last."""
+    return _largest(logits, experts_per_token).sort(dim=-1).values
+
+
+def score_experts(h: Tensor, keys: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """Raw scores ``h · key`` of the rows of each token's experts, one small GEMM an expert.
+
+    Args:
+        h: [T, d] float32; keys: [r, d] any float dtype; experts: [T, n].
+
+    Returns:
+        [T, n, E] float32.
+    """
+    tokens, per_token = experts.shape
+    expert_rows = keys.shape[0] // num_experts
+    order = experts.flatten().argsort(stable=True)
+    inputs = h[order // per_token]
+    scores = h.new_empty(tokens * per_token, expert_rows)
+    start = 0
+    for expert, count in enumerate(torch.bincount(experts.flatten(), minlength=num_experts).tolist()):
+        if count:
+            block = keys[expert * expert_rows : (expert + 1) * expert_rows].to(h.dtype)
+            torch.mm(inputs[start : start + count], block.T, out=scores[start : start + count])
+            start += count
+    result = torch.empty_like(scores)
+    result[order] = scores
+    return result.view(tokens, per_token, expert_rows)
+
+
+def select(
+    logits: Tensor, experts: Tensor, gates: Tensor, scores: Tensor, *, rows: int, top_k: int, cap: int | None
+) -> tuple[Selection, Tensor, Overflow]:
+    """Choose each token's rows and the micro-batch's active rows.
+
+    Args:
+        logits: [T, N] router logits (a NaN one is never used); experts: [T, n]; gates: [T, n] float32;
+        scores: [T, n, E] float32 raw scores; rows: r; cap: most active rows or ``None``.
+
+    Returns:
+        The selection; the raw scores of its picks [T, K] (0 where invalid); what the cap did.
+    """
+    tokens, per_token, expert_rows = scores.shape
+    top_k = min(top_k, per_token * expert_rows)
+    usable = ~logits.gather(1, experts).isnan()
+    activations = torch.where(usable, gates, torch.nan)[:, :, None] * scores
+    activations = activations.view(tokens, per_token * expert_rows)
+    # Candidates stand in the order of their row ids (experts are ascending), so "lowest position" is "lowest id".
+    position = _largest(activations, top_k).sort(dim=-1).values
+    kept = activations.gather(1, position)
+    valid = kept > 0
+    slots = torch.where(valid, position // expert_rows, 0)
+    row_ids = experts.gather(1, slots) * expert_rows + position % expert_rows
+
+    flat_rows, flat_mass = row_ids[valid], kept[valid]
+    mass = torch.zeros(rows, dtype=kept.dtype, device=kept.device).index_add_(0, flat_rows, flat_mass)
+    picked = torch.zeros(rows, dtype=torch.bool, device=kept.device)
+    picked[flat_rows] = True
+    active = picked.nonzero().flatten()
+    wanted, total = active.numel(), mass.sum()
+    kept_mass = total
+    if cap is not None and wanted > cap:
+        active = active[_largest(mass[active][None], cap)[0]].sort().values
+        picked = torch.zeros_like(picked)
+        picked[active] = True
+        valid = valid & picked[row_ids]
+        kept_mass = mass[active].sum()
+    position_of_row = torch.zeros(rows, dtype=torch.int64, device=kept.device)
+    position_of_row[active] = torch.arange(active.numel(), device=kept.device)
+
+    raw = scores.view(tokens, -1).gather(1, position)
+    selection = Selection(
+        experts=experts,
+        active=active,
+        picks=torch.where(valid, position_of_row[row_ids], 0),
+        slots=torch.where(valid, slots, 0),
+        valid=valid,
+    )
+    return selection, torch.where(valid, raw, 0), Overflow(wanted, total, kept_mass)
+
+
+def score_picks(x: Tensor, table: Tensor, selection: Selection) -> Tensor:
+    """[T, K]: the dot product of each token's ``x`` [T, d] with the ``table`` [U, d] rows that it picked; 0 if invalid."""
+    tokens, top_k = selection.picks.shape
+    dots = x.new_zeros(tokens, top_k)
+    if not table.shape[0]:
+        return dots
+    step = max(1, _BLOCK_ELEMENTS // max(1, top_k * x.shape[1]))
+    for start in range(0, tokens, step):
+        chunk = slice(start, start + step)
+        torch.bmm(table[selection.picks[chunk]], x[chunk, :, None], out=dots[chunk, :, None])
+    return torch.where(selection.valid, dots, 0)
+
+
+def combine_rows(weights: Tensor, table: Tensor, selection: Selection) -> Tensor:
+    """[T, d]: each token's sum of the ``table`` [U, d] rows that it picked, by its ``weights`` [T, K] (0 if invalid)."""
+    if not table.shape[0]:
+        return table.new_zeros(weights.shape[0], table.shape[1])
+    return F.embedding_bag(selection.picks, table, per_sample_weights=weights, mode="sum")
+
+
+class TokensOfRow:
+    """The transpose of a selection: for each active row, the tokens that picked it."""
+
+    def __init__(self, selection: Selection) -> None:
+        self._valid = selection.valid
+        rows = selection.picks[selection.valid]
+        self._order = rows.argsort(stable=True)
+        tokens = torch.arange(selection.picks.shape[0], device=rows.device)[:, None].expand_as(selection.picks)
+        self._tokens = tokens[selection.valid][self._order]
+        counts = torch.bincount(rows, minlength=selection.active.numel())
+        self._offsets = counts.cumsum(0) - counts
+
+    def combine(self, weights: Tensor, x: Tensor) -> Tensor:
+        """[U, d]: each active row's sum of its tokens' ``x`` [T, d], by ``weights`` [T, K]."""
+        if not self._offsets.numel():
+            return x.new_zeros(0, x.shape[1])
+        weights = weights[self._valid][self._order]
+        return F.embedding_bag(self._tokens, x, self._offsets, per_sample_weights=weights, mode="sum")
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """[T, k]: positions of the k largest of each row of ``scores`` [T, m]; ties to the lowest position, NaN last.
+
+    ``torch.topk`` leaves ties open, so scores and positions are packed into one integer whose order is total: the
+    float's bits, made monotone, above the inverted position.
+    """
+    bits = torch.where(scores == 0, 0.0, scores.float()).contiguous().view(torch.int32)
+    monotone = torch.where(scores.isnan(), torch.iinfo(torch.int32).min, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    position = torch.arange(scores.shape[-1], device=scores.device)
+    packed = (monotone.long() << 32) | (0xFFFFFFFF - position)
+    return packed.topk(k, dim=-1).indices

@@ -1,0 +1,120 @@
+"""Attach sparse adapters to a model: the base's modules and state-dict names stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from meft_engine.adapter.calls import CallTracker
+from meft_engine.adapter.discover import FFN, find_ffns
+from meft_engine.adapter.initialize import initial_keys, initial_router
+from meft_engine.adapter.module import SparseAdapter, add_to_output
+from meft_engine.config import MeftConfig, MeftConfigError
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.planner import host_bytes_needed, require_host_memory
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class AttachedAdapters:
+    """The adapters of a model, by the names of their FFNs."""
+
+    config: MeftConfig
+    compute_dtype: torch.dtype
+    adapters: dict[str, SparseAdapter]
+    ffns: dict[str, FFN]
+    base_parameters: int
+    """Elements of the base model."""
+    base_samples: dict[str, Tensor]
+    """A sample of each FFN's gate weights, by which another base model is told apart."""
+    resident_before: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
+    """Resident memory of the process, in bytes, before the rows were allocated."""
+
+    def tables(self) -> list[PartiallyOffloadedTensor]:
+        """Every adapter's keys, then its values, first layer first."""
+        return [table for adapter in self.adapters.values() for table in (adapter.keys, adapter.values)]
+
+
+def attach(
+    model: nn.Module,
+    config: MeftConfig,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    trainable: bool = True,
+) -> AttachedAdapters:
+    """Give every FFN that the configuration names an adapter, initialised from the seed.
+
+    Args:
+        model: a transformer whose FFNs :func:`find_ffns` recognises.
+        config: the block. compute_dtype: of the rows' compute copies.
+        device: where the model computes; ``None``: where its FFNs are now.
+        trainable: ``False`` for inference (no gradients are kept).
+
+    Raises:
+        MeftConfigError: if no FFN fits, the model has adapters already, or host memory is too small.
+    """
+    if "meft" in model.__dict__:
+        raise MeftConfigError(f"this {type(model).__name__} already has MEFT adapters; attach to a fresh model")
+    ffns = find_ffns(model, config.adapter)
+    needed = sum(
+        host_bytes_needed(config, 1, ffn.width, compute_dtype=compute_dtype, trainable=trainable) for ffn in ffns
+    )
+    require_host_memory(needed, config, len(ffns))
+
+    base_parameters = sum(p.numel() for p in model.parameters())
+    attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {})
+    trackers = {name: CallTracker(model.get_submodule(name)) for name in {ffn.stack for ffn in ffns}}
+    for index, ffn in enumerate(ffns):
+        gate_weight = ffn.gate_weight
+        place = torch.device(device) if device is not None else gate_weight.device
+        tables = [
+            PartiallyOffloadedTensor(
+                f"{ffn.name}/{kind}",
+                config.adapter.rows,
+                ffn.width,
+                device=place,
+                compute_dtype=compute_dtype,
+                resident=kind == "keys",
+                trainable=trainable,
+            )
+            for kind in ("keys", "values")
+        ]
+        # The same seed for every layer would make random keys equal across layers.
+        seed = config.adapter.seed * 1_000_003 + index
+        tables[0].fill(initial_keys(gate_weight, config.adapter.rows, config.adapter.init_keys, seed))
+        router = initial_router(tables[0].master, config.adapter.resolved_num_experts)
+        router = router.to(gate_weight.device, gate_weight.dtype)
+        adapter = SparseAdapter(ffn.name, config, router, *tables, trackers[ffn.stack])
+        adapter.train(ffn.module.training)
+        ffn.module.meft_adapter = adapter
+        ffn.module.register_forward_hook(add_to_output, with_kwargs=True)
+        attached.adapters[ffn.name], attached.ffns[ffn.name] = adapter, ffn
+        attached.base_samples[ffn.name] = base_sample(gate_weight)
+    if trainable:
+        _let_embeddings_require_grad(model)
+    model.__dict__["meft"] = attached
+    return attached
+
+
+def base_sample(gate_weight: Tensor) -> Tensor:
+    """[64] float32: evenly spaced elements of a gate projection, enough to tell base models apart."""
+    flat = gate_weight.detach().flatten()
+    return flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+
+
+def _let_embeddings_require_grad(model: nn.Module) -> None:
+    """Over a frozen base no input of the first layer requires grad, and reentrant checkpointing would then build no
+    graph for it, in silence. transformers' ``enable_input_require_grads`` does the same for PEFT."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embeddings is not None:
+        embeddings.register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    needed = module.training and torch.is_grad_enabled() and not output.requires_grad
+    return output.detach().requires_grad_() if needed else output

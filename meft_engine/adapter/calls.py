@@ -1,0 +1,161 @@
+"""One call of a layer stack: its padding mask, and the selections that activation checkpointing must replay.
+
+A checkpointed layer runs twice: in the forward, and again inside the backward. The second run must use the first one's
+selection, since a rounding difference could flip a choice. Selections belong to a :class:`Call`, which lives as long as
+the autograd graph of the call's output and is emptied when its backward ends.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meft_kernels.sparse import Selection
+
+_FINGERPRINT = 256
+_SAME_CALL = 0.05
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one adapter did in one call."""
+
+    tokens: Tensor | None
+    """[T] int64: positions of the real tokens in the flattened batch; ``None``: all are real."""
+    selection: Selection
+    shape: torch.Size
+    fingerprint: Tensor
+
+
+@dataclass(eq=False)
+class Call:
+    """A forward of a stack that is running, or whose backward is still to come."""
+
+    mask: Tensor | None
+    records: dict[nn.Module, list[Record]] = field(default_factory=dict)
+
+
+class CallTracker:
+    """Watches one layer stack through forward hooks. Shared by the adapters of the stack."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        self._running: list[Call] = []
+        self._live: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._signature = inspect.signature(stack.forward)
+        self._handles = (
+            stack.register_forward_pre_hook(self._enter, with_kwargs=True),
+            stack.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Take the hooks off the stack."""
+        for handle in self._handles:
+            handle.remove()
+
+    def real_tokens(self, shape: torch.Size) -> Tensor | None:
+        """[T] positions of the real tokens of hidden states of ``shape`` [batch, seq, d]; ``None``: all are real.
+
+        Raises:
+            ValueError: if the attention mask does not fit the hidden states.
+        """
+        mask = self._running[-1].mask if self._running else None
+        if mask is None:
+            return None
+        if len(shape) != 3 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)} does not cover hidden states of shape {tuple(shape)}"
+            )
+        real = mask[:, mask.shape[1] - shape[1] :].flatten() != 0
+        return None if bool(real.all()) else real.nonzero().flatten()
+
+    def record(self, adapter: nn.Module, h: Tensor, tokens: Tensor | None, selection: Selection) -> None:
+        """Remember a selection for as long as it may have to be replayed."""
+        if self._running:
+            record = Record(tokens, selection, h.shape, _fingerprint(h))
+            self._running[-1].records.setdefault(adapter, []).append(record)
+
+    def replay(self, adapter: nn.Module, h: Tensor) -> Record:
+        """The record of the forward that this recomputation repeats.
+
+        Several forwards may be in flight. The recomputed ``h`` equals the first run's up to rounding, so the record
+        whose sample of ``h`` is nearest is the right one; equal samples mean equal selections.
+
+        Raises:
+            RuntimeError: if no forward in flight had such an ``h``.
+        """
+        sample = _fingerprint(h)
+        scale = sample.norm() + torch.finfo(torch.float32).tiny
+        records = [r for call in self._live for r in call.records.get(adapter, ()) if r.shape == h.shape]
+        distances = [float(torch.nan_to_num((r.fingerprint - sample).norm() / scale)) for r in records]
+        if not distances or min(distances) > _SAME_CALL:
+            raise RuntimeError(
+                "a MEFT adapter ran inside a backward, but repeats no forward in flight; run forwards outside of "
+                "backward, and checkpoint layers rather than the whole model"
+            )
+        return records[distances.index(min(distances))]
+
+    def _enter(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        bound = self._signature.bind_partial(*args, **kwargs)
+        call = Call(_usable_mask(bound.arguments.get("attention_mask", kwargs.get("attention_mask"))))
+        self._running.append(call)
+        self._live.add(call)
+        # Reentrant checkpointing builds no graph for a layer of which no input requires grad, as the first one's
+        # never does over a frozen base.
+        embeds = bound.arguments.get("inputs_embeds")
+        if stack.training and torch.is_grad_enabled() and embeds is not None and not embeds.requires_grad:
+            bound.arguments["inputs_embeds"] = embeds.detach().requires_grad_()
+            return bound.args, bound.kwargs
+        return None
+
+    def _leave(self, stack: nn.Module, args: tuple, output: Any) -> None:
+        call = self._running.pop()
+        node = _grad_node(output)
+        if node is None:
+            return
+        # The node's metadata is the one place that lives exactly as long as the graph does.
+        node.metadata["meft_call"] = call
+        reference = weakref.ref(call)
+        node.register_prehook(lambda _: _empty_when_backward_ends(reference))
+
+
+def recomputing() -> bool:
+    """Whether this code runs inside a backward, that is, as the second run of a checkpointed layer."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _usable_mask(mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        kind = f"a {mask.dim()}-dimensional tensor" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask is {kind}, from which padding cannot be told; pass a [batch, seq] mask (with generate, "
+            "use the default dynamic cache), or none where there is no padding"
+        )
+    return mask
+
+
+def _fingerprint(h: Tensor) -> Tensor:
+    flat = h.detach().flatten()
+    return flat[:: max(1, flat.numel() // _FINGERPRINT)].float()
+
+
+def _grad_node(output: Any) -> Any:
+    """The autograd node of the first differentiable tensor of a model's output."""
+    if isinstance(output, Tensor):
+        return output.grad_fn
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return next((node for part in parts if (node := _grad_node(part)) is not None), None)
+
+
+def _empty_when_backward_ends(reference: weakref.ref[Call]) -> None:
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return
+    call = reference()
+    if call is not None:
+        torch.autograd.Variable._execution_engine.queue_callback(call.records.clear)

@@ -1,0 +1,109 @@
+"""`SparseAdapter`: the module that stands beside one FFN and adds its rows' contribution to the FFN's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meft_engine.adapter.autograd import ApplyRows
+from meft_engine.adapter.calls import CallTracker, recomputing
+from meft_engine.adapter.routing import RoutingStats, choose_experts, choose_rows, gate
+from meft_engine.config import MeftConfig
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_kernels.dispatch import score_picks
+
+
+class SparseAdapter(nn.Module):
+    """A sparse parallel adapter, as ``kernels/reference.py`` defines it.
+
+    The router is an ordinary parameter (DeepSpeed's to own); keys and values are partially offloaded tensors.
+
+    Args:
+        name: of the FFN in the model. config: the block. router: [N, d] initial weights.
+        keys, values: the tables [r, d]. calls: the tracker of the layer's stack.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: MeftConfig,
+        router: Tensor,
+        keys: PartiallyOffloadedTensor,
+        values: PartiallyOffloadedTensor,
+        calls: CallTracker,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.router = nn.Parameter(router, requires_grad=keys.trainable and config.adapter.gate != "none")
+        self.anchors = nn.ParameterList()
+        self.keys, self.values = keys, values
+        self.stats = RoutingStats()
+        self._calls, self._config = calls, config
+        # Makes autograd visit ApplyRows where no input requires grad (a first layer over a frozen base, gate "none").
+        # A buffer or parameter would be cast and counted; this is neither.
+        self.__dict__["_tripwire"] = torch.zeros((), requires_grad=keys.trainable)
+
+    @torch.compiler.disable
+    def forward(self, h: Tensor) -> Tensor:
+        """What the adapter adds to ``FFN(h)``: h [..., d] of any float dtype; the result has its shape and dtype."""
+        # The definition scores in fp32, whatever autocast would prefer.
+        with torch.autocast(h.device.type, enabled=False):
+            return self._contribution(h)
+
+    def _contribution(self, h: Tensor) -> Tensor:
+        adapter = self._config.adapter
+        replayed = self._calls.replay(self, h) if recomputing() else None
+        tokens = replayed.tokens if replayed else self._calls.real_tokens(h.shape)
+        flat = h.reshape(-1, h.shape[-1])
+        x = (flat if tokens is None else flat[tokens]).float()
+
+        logits = F.linear(x, self.router.float())
+        experts = replayed.selection.experts if replayed else choose_experts(logits, adapter.experts_per_token)
+        gates = gate(logits.gather(1, experts), adapter.gate)
+        if replayed:
+            selection = replayed.selection
+            with torch.no_grad():
+                scores = score_picks(x, self.keys.gather(selection.active), selection)
+        else:
+            selection, scores = self._select(x, logits, experts, gates)
+            self._calls.record(self, h, tokens, selection)
+
+        y = ApplyRows.apply(x, gates, scores, selection, self.keys, self.values, self._tripwire, *self.anchors)
+        y = y.to(h.dtype)
+        if tokens is not None:
+            y = torch.zeros_like(flat).index_copy(0, tokens, y)
+        return y.view(h.shape)
+
+    def _select(self, x: Tensor, logits: Tensor, experts: Tensor, gates: Tensor) -> tuple[Any, Tensor]:
+        limits = self._config.active_rows
+        selection, scores, overflow = choose_rows(
+            self.name,
+            x,
+            logits,
+            experts,
+            gates,
+            self.keys.compute_copy(),
+            top_k=self._config.adapter.top_k,
+            cap=limits.cap if self.training else None,
+            on_overflow=limits.on_overflow,
+        )
+        if self.training:
+            self.stats.count(selection.active.numel(), overflow)
+        return selection, scores
+
+    def extra_repr(self) -> str:
+        """Shape of the adapter, for ``print(model)``."""
+        adapter = self._config.adapter
+        return (
+            f"rows={self.keys.rows}, width={self.keys.width}, experts={self.router.shape[0]}, "
+            f"experts_per_token={adapter.experts_per_token}, top_k={adapter.top_k}, gate={adapter.gate}"
+        )
+
+
+def add_to_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Forward hook of an FFN: its output plus its adapter's contribution."""
+    h = args[0] if args else next(iter(kwargs.values()))
+    return output + module.meft_adapter(h)

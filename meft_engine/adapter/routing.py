@@ -1,0 +1,75 @@
+"""Choosing a micro-batch's rows: the gate, and the selection with its bookkeeping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from meft_kernels.dispatch import Overflow, Selection, route, score_experts, select
+
+
+class ActiveRowsOverflow(RuntimeError):
+    """More rows are active than ``active_rows.cap`` allows, and ``active_rows.on_overflow`` is ``"raise"``."""
+
+
+@dataclass
+class RoutingStats:
+    """What one adapter selected over its training micro-batches (recomputations are not counted again)."""
+
+    micro_batches: int = 0
+    active_rows: int = 0
+    mass: Tensor | None = field(default=None, repr=False)
+    """[2] float64: total activation of all picks, and of those that the cap kept."""
+
+    def count(self, active_rows: int, overflow: Overflow) -> None:
+        self.micro_batches += 1
+        self.active_rows += active_rows
+        mass = torch.stack((overflow.mass, overflow.kept_mass)).double()
+        self.mass = mass if self.mass is None else self.mass + mass
+
+
+def gate(logits: Tensor, kind: str) -> Tensor:
+    """Factor of each chosen expert from its logits [T, n], differentiable: softmax times n, sigmoid, or ones."""
+    if kind == "softmax":
+        return torch.softmax(logits, dim=-1) * logits.shape[-1]
+    if kind == "sigmoid":
+        return torch.sigmoid(logits)
+    return torch.ones_like(logits)
+
+
+def choose_experts(logits: Tensor, experts_per_token: int) -> Tensor:
+    """[T, n] int64, ascending: each token's experts by its logits [T, N]."""
+    return route(logits.detach(), experts_per_token)
+
+
+@torch.no_grad()
+def choose_rows(
+    name: str,
+    x: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    keys: Tensor,
+    *,
+    top_k: int,
+    cap: int | None,
+    on_overflow: str,
+) -> tuple[Selection, Tensor, Overflow]:
+    """The selection of one micro-batch, the raw scores [T, K] of its picks, and what the cap did.
+
+    Args:
+        name: of the layer, for the error. x: [T, d] float32; logits: [T, N]; experts, gates: [T, n]; keys: [r, d].
+
+    Raises:
+        ActiveRowsOverflow: if more than ``cap`` rows are active and ``on_overflow`` is ``"raise"``.
+    """
+    scores = score_experts(x, keys, experts, logits.shape[1])
+    selection, raw, overflow = select(logits, experts, gates, scores, rows=keys.shape[0], top_k=top_k, cap=cap)
+    if on_overflow == "raise" and cap is not None and overflow.wanted_rows > cap:
+        raise ActiveRowsOverflow(
+            f"{name}: a micro-batch of {x.shape[0]} tokens activates {overflow.wanted_rows} rows, more than "
+            f'active_rows.cap = {cap}; raise the cap, shrink the micro-batch, or set active_rows.on_overflow to "keep_largest"'
+        )
+    return selection, raw, overflow

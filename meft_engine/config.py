@@ -1,0 +1,261 @@
+"""The ``"meft"`` block of a DeepSpeed JSON: its fields, their meaning and their limits.
+
+The block is validated before anything is allocated. Every mistake raises :class:`MeftConfigError` with one sentence
+that names the field, the value and what would be right. A field exists here only when the code behind it exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+BLOCK = "meft"
+
+
+class MeftConfigError(ValueError):
+    """The ``"meft"`` block, or what it is combined with, cannot work; the message says what would."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def nearest_divisor_to_sqrt(rows: int) -> int:
+    """The divisor of ``rows`` nearest to √rows (the smaller one of two equally near), so that routing costs O(√rows)."""
+    root = math.sqrt(rows)
+    divisors = (d for i in range(1, math.isqrt(rows) + 1) if rows % i == 0 for d in (i, rows // i))
+    return min(divisors, key=lambda d: (abs(d - root), d))
+
+
+class AdapterConfig(_Section):
+    """The shape of the sparse adapter that stands beside every adapted FFN."""
+
+    rows: int = Field(8192, ge=1)
+    """Rows r of the adapter in each adapted layer; a row is one key and one value, each as wide as the model."""
+
+    num_experts: int | None = Field(None, ge=1)
+    """Experts N that the rows are split into; N divides ``rows``. ``null``: the divisor of ``rows`` nearest to √rows."""
+
+    experts_per_token: int = Field(4, ge=1)
+    """Experts whose rows a token scores (the n best by the router). At most ``num_experts``."""
+
+    top_k: int = Field(16, ge=1)
+    """Rows that a token keeps at most (the K largest positive activations among its experts' rows)."""
+
+    gate: Literal["softmax", "sigmoid", "none"] = "softmax"
+    """What multiplies an expert's activations: softmax over the chosen experts times n (mean 1), sigmoid, or nothing.
+
+    ``softmax`` needs ``experts_per_token`` of at least 2 (over one expert it is constant). ``none`` leaves the router
+    without a gradient: routing then stays as it was initialised.
+    """
+
+    target_modules: list[str] | None = None
+    """Module-name patterns (regular expressions, matched against the end of the name) of the FFNs to adapt.
+
+    ``null``: every module with the structure of a gated FFN (gate, up and down projections).
+    """
+
+    layers_to_transform: list[int] | str | None = None
+    """Layers to adapt: a list of indices, or an inclusive range such as ``"4-11"``. ``null``: all."""
+
+    init_keys: Literal["ffn", "random"] = "ffn"
+    """Where the keys start: from the FFN's own gate rows (repeated with 1 % noise where rows run out), or at random."""
+
+    freeze_base: bool = True
+    """Freeze the base model (all but PEFT's parameters, where the model is a PEFT model). ``false``: leave it as it is."""
+
+    seed: int = Field(42, ge=0)
+    """Seed of every random draw of the initialisation; the same seed gives the same adapter on every rank."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterConfig:
+        if self.num_experts is not None and self.rows % self.num_experts:
+            below = self.rows - self.rows % self.num_experts
+            nearest = [n for n in (below, below + self.num_experts) if n > 0]
+            raise ValueError(
+                f"adapter.rows = {self.rows} is not divisible by adapter.num_experts = {self.num_experts}; "
+                f"the nearest counts that are: {' and '.join(map(str, nearest))}"
+            )
+        experts = self.resolved_num_experts
+        if self.experts_per_token > experts:
+            derived = "" if self.num_experts is not None else f" (derived from adapter.rows = {self.rows})"
+            raise ValueError(
+                f"adapter.experts_per_token = {self.experts_per_token} exceeds the number of experts, "
+                f"{experts}{derived}; use a value from 1 to {experts}"
+            )
+        if self.gate == "softmax" and self.experts_per_token == 1:
+            raise ValueError(
+                'adapter.gate = "softmax" over adapter.experts_per_token = 1 is constant, so the router would never '
+                'learn; use "sigmoid" or "none", or experts_per_token of at least 2'
+            )
+        candidates = self.experts_per_token * (self.rows // experts)
+        if self.top_k > candidates:
+            raise ValueError(
+                f"adapter.top_k = {self.top_k} exceeds the {candidates} rows that a token scores "
+                f"({self.experts_per_token} experts of {self.rows // experts} rows); use a value from 1 to {candidates}"
+            )
+        self.layer_indices(None)
+        return self
+
+    @property
+    def resolved_num_experts(self) -> int:
+        """The number of experts N, derived from ``rows`` where the block leaves it open."""
+        return self.num_experts if self.num_experts is not None else nearest_divisor_to_sqrt(self.rows)
+
+    def layer_indices(self, num_layers: int | None) -> set[int] | None:
+        """The layers to adapt as a set, or ``None`` for all.
+
+        Args:
+            num_layers: how many layers the model has, to check the indices against; ``None`` checks the form alone.
+
+        Raises:
+            MeftConfigError: for a malformed range, an empty list or an index that the model does not have.
+        """
+        asked = self.layers_to_transform
+        if asked is None:
+            return None
+        if isinstance(asked, str):
+            first, dash, last = asked.partition("-")
+            if not (dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last)):
+                raise MeftConfigError(
+                    f'adapter.layers_to_transform = "{asked}" is not a range; write it as "first-last", such as "4-11", '
+                    "or as a list of indices"
+                )
+            indices = set(range(int(first), int(last) + 1))
+        else:
+            indices = set(asked)
+        if not indices:
+            raise MeftConfigError("adapter.layers_to_transform = [] adapts nothing; name a layer, or null for all")
+        if num_layers is not None:
+            outside = sorted(i for i in indices if not 0 <= i < num_layers)
+            if outside:
+                raise MeftConfigError(
+                    f"adapter.layers_to_transform names layer {outside[0]}, but the model's layers are 0 to "
+                    f"{num_layers - 1}"
+                )
+        return indices
+
+
+class ActiveRowsConfig(_Section):
+    """How many rows one micro-batch may bring to the device in one layer."""
+
+    cap: int | None = Field(None, ge=1)
+    """Most rows that may be active in a layer for one micro-batch. ``null``: all rows (the cap never binds)."""
+
+    on_overflow: Literal["keep_largest", "raise"] = "keep_largest"
+    """Above the cap: keep the rows of largest total activation, or raise :class:`ActiveRowsOverflow`."""
+
+
+class OffloadConfig(_Section):
+    """Where rows live and in which precision they are read."""
+
+    compute_dtype: Literal["bf16", "fp32"] | None = None
+    """Precision of the copy of the rows that the model computes with. ``null``: bf16 under bf16 or fp16, else fp32."""
+
+
+class OptimizerConfig(_Section):
+    """How touched rows are updated. Betas, eps, weight decay and the lr schedule follow the user's optimizer."""
+
+    lr_scale: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    """The rows' learning rate as a multiple of that of the optimizer group that holds the layer's router."""
+
+
+class CheckpointConfig(_Section):
+    """What ``save_checkpoint`` writes."""
+
+    save_base: bool = False
+    """Also write the frozen base model into every checkpoint. Off: a resume starts from the same base model."""
+
+
+class MeftConfig(_Section):
+    """The whole ``"meft"`` block."""
+
+    enabled: bool = True
+    """``false``: plain DeepSpeed, bit for bit."""
+
+    adapter: AdapterConfig = AdapterConfig()
+    active_rows: ActiveRowsConfig = ActiveRowsConfig()
+    offload: OffloadConfig = OffloadConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> MeftConfig:
+        cap, adapter = self.active_rows.cap, self.adapter
+        if cap is not None and cap < adapter.top_k:
+            raise ValueError(
+                f"active_rows.cap = {cap} is smaller than adapter.top_k = {adapter.top_k}: not even one token's rows "
+                f"would fit; use a cap of at least {adapter.top_k}"
+            )
+        return self
+
+    @classmethod
+    def from_block(cls, block: Any) -> MeftConfig:
+        """Validate the value under ``"meft"``.
+
+        Raises:
+            MeftConfigError: with one sentence that names the field, the value and the remedy.
+        """
+        if not isinstance(block, Mapping):
+            raise MeftConfigError(f'"{BLOCK}" = {block!r} must be an object such as {{"enabled": true}}')
+        try:
+            return cls.model_validate(dict(block))
+        except ValidationError as error:
+            raise MeftConfigError(_one_sentence(error)) from None
+
+    def resolved(self) -> dict[str, Any]:
+        """The block as a plain dictionary with derived values filled in, as it is logged and saved."""
+        values = self.model_dump()
+        values["adapter"]["num_experts"] = self.adapter.resolved_num_experts
+        if values["active_rows"]["cap"] is None:
+            values["active_rows"]["cap"] = self.adapter.rows
+        return values
+
+
+def find_block(config: Mapping[str, Any]) -> MeftConfig | None:
+    """The validated block of a DeepSpeed configuration, or ``None`` where it is absent or disabled.
+
+    Args:
+        config: the whole DeepSpeed configuration.
+
+    Raises:
+        MeftConfigError: for a bad block, or for one that stands under the wrong key and would be ignored.
+    """
+    if BLOCK not in config:
+        for key, value in config.items():
+            if _looks_like_block_name(key) and isinstance(value, Mapping):
+                raise MeftConfigError(f'unknown top-level key "{key}"; the block\'s key is "{BLOCK}"')
+            if isinstance(value, Mapping) and BLOCK in value:
+                raise MeftConfigError(f'"{BLOCK}" stands inside "{key}"; move it to the top level of the configuration')
+        return None
+    block = MeftConfig.from_block(config[BLOCK])
+    return block if block.enabled else None
+
+
+def _looks_like_block_name(key: str) -> bool:
+    name = key.strip().lower()
+    return name == BLOCK or name.startswith(BLOCK) or bool(difflib.get_close_matches(name, [BLOCK], cutoff=0.85))
+
+
+def _one_sentence(error: ValidationError) -> str:
+    """Pydantic's first complaint in the words of a user of the JSON."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = MeftConfig
+        for part in first["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation
+        name, names = str(first["loc"][-1]), sorted(section.model_fields)
+        guess = difflib.get_close_matches(name, names, n=1)
+        remedy = f'did you mean "{guess[0]}"?' if guess else f"the fields there are {', '.join(names)}"
+        return f'"{BLOCK}" has no field {where} (= {first["input"]!r}); {remedy}'
+    if first["type"] == "value_error":
+        return f'"{BLOCK}": {first["ctx"]["error"]}'
+    if isinstance(first["input"], str) and first["input"] == "auto":
+        return f'"{BLOCK}": {where} = "auto" is not supported inside the block; use null to have the value derived'
+    message = first["msg"].removeprefix("Input ").strip()
+    return f'"{BLOCK}": {where} = {first["input"]!r} is not valid: it {message}'

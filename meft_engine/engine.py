@@ -1,0 +1,190 @@
+"""`MeftEngine`: a DeepSpeedEngine that also trains sparse adapter rows. Hooks only; the work is done elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from meft_engine.adapter.attach import DTYPES, attach
+from meft_engine.checkpoint import adapter_files, engine_state
+from meft_engine.config import MeftConfig, MeftConfigError, find_block
+from meft_engine.joint_norm import PlainJointNorm, install_joint_norm
+from meft_engine.optim.sparse_adam import SparseCPUAdam
+from meft_engine.param_groups import as_groups, freeze_base, rebuild_groups, require_adam, require_adam_name
+from meft_engine.report import describe, make_report
+from meft_engine.row_step import RowStep
+
+
+class MeftEngine(DeepSpeedEngine):
+    """DeepSpeed's engine with MEFT adapters beside the model's FFNs.
+
+    Built by :func:`meft_engine.initialize`, or by ``deepspeed.initialize`` after :func:`meft_engine.enable`. It takes what
+    ``DeepSpeedEngine`` takes; the ``"meft"`` block of the configuration says the rest.
+
+    Raises:
+        MeftConfigError: before anything is allocated, for what cannot work.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        model: nn.Module,
+        optimizer: Any = None,
+        model_parameters: Iterable[Any] | None = None,
+        *,
+        config: dict[str, Any],
+        config_class: Any,
+        **kwargs: Any,
+    ) -> None:
+        block = find_block(config)
+        if block is None:
+            raise MeftConfigError('MeftEngine needs an enabled "meft" block in the DeepSpeed configuration')
+        _require_support(config_class, optimizer)
+        compute_dtype = _compute_dtype(block, config_class)
+        device = get_accelerator().current_device_name()
+        attached = attach(model, block, compute_dtype=compute_dtype, device=device)
+        if block.adapter.freeze_base:
+            freeze_base(model)
+            for adapter in attached.adapters.values():
+                adapter.router.requires_grad_(block.adapter.gate != "none")
+
+        if isinstance(optimizer, torch.optim.Optimizer):
+            home = rebuild_groups(optimizer.param_groups, attached)
+        else:
+            groups = as_groups(model, model_parameters)
+            home = rebuild_groups(groups, attached)
+            model_parameters = groups if len(groups) > 1 else groups[0]["params"]
+        super().__init__(args, model, optimizer, model_parameters, config=config, config_class=config_class, **kwargs)
+
+        require_adam(self.basic_optimizer)
+        self.meft_config = block
+        self.meft_adapters = attached
+        self.row_optimizer = _row_optimizer(attached, home)
+        self._joint_norm = install_joint_norm(self)
+        self._row_step = RowStep(
+            self.row_optimizer, self._joint_norm, self.gradient_clipping(), block.optimizer.lr_scale
+        )
+        self.row_optimizer.follow(self.basic_optimizer.param_groups, block.optimizer.lr_scale)
+        self._window_micro_steps = 0
+        describe(attached, self.row_optimizer)
+
+    # The step
+
+    def _backward_epilogue(self) -> None:
+        super()._backward_epilogue()
+        self._window_micro_steps += 1
+
+    def clip_fp32_gradients(self) -> None:
+        if isinstance(self._joint_norm, PlainJointNorm):
+            self._joint_norm.clip()
+
+    def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+        self._row_step.begin(self.basic_optimizer.param_groups, getattr(self.optimizer, "loss_scale", 1.0))
+        super()._take_model_step(lr_kwargs)
+        self._global_grad_norm = self._row_step.finish(applied=self._step_applied)
+        self._window_micro_steps = 0
+
+    # Saving
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """DeepSpeed's checkpoint, with rows, moments, steps and random state as safetensors in its ``meft`` folder.
+
+        Raises:
+            RuntimeError: inside an accumulation window, whose partial gradients no checkpoint holds.
+        """
+        engine_state.require_boundary(self._window_micro_steps, self.gradient_accumulation_steps())
+        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        # Rows first: DeepSpeed writes `latest` at the end of its own save, and it must name a whole checkpoint.
+        engine_state.save(self, Path(save_dir, tag))
+        return super().save_checkpoint(
+            save_dir,
+            tag,
+            client_state=client_state or {},
+            save_latest=save_latest,
+            exclude_frozen_parameters=exclude_frozen_parameters or not self.meft_config.checkpoint.save_base,
+        )
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True, **kwargs: Any
+    ) -> tuple[str, dict[str, Any]]:
+        """Resume from what :meth:`save_checkpoint` wrote.
+
+        Raises:
+            MeftConfigError: if the checkpoint is of another model or another adapter.
+            FileNotFoundError: if a file is missing, ``latest`` included.
+        """
+        folder = engine_state.find_checkpoint(load_dir, tag)
+        engine_state.require_match(self, folder)
+        # DeepSpeed must not insist on a base that was not saved; what differs from ours has been refused above.
+        path, client_state = super().load_checkpoint(
+            load_dir,
+            folder.name,
+            load_module_strict=load_module_strict and self.meft_config.checkpoint.save_base,
+            **kwargs,
+        )
+        engine_state.load(self, folder)
+        self._window_micro_steps = 0
+        return path, client_state
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapter alone (for :func:`meft_engine.load_adapter`) to ``folder``."""
+        adapter_files.save_adapter(self.meft_adapters, Path(folder))
+
+    def meft_report(self) -> dict[str, Any]:
+        """What the adapter is, uses and has touched so far; bytes are counted where they are allocated."""
+        return make_report(self.meft_adapters, self.row_optimizer)
+
+
+def _compute_dtype(block: MeftConfig, config_class: Any) -> torch.dtype:
+    if block.offload.compute_dtype is not None:
+        return DTYPES[block.offload.compute_dtype]
+    half = config_class.bfloat16_config.enabled or config_class.float16_config.enabled
+    return torch.bfloat16 if half else torch.float32
+
+
+def _require_support(config_class: Any, optimizer: Any) -> None:
+    """Refuse, in one sentence each, what MEFT cannot run with."""
+    stage = config_class.zero_optimization_stage if config_class.zero_enabled else 0
+    if stage not in (0, 2):
+        raise MeftConfigError(f"zero_optimization.stage = {stage} is not supported with MEFT yet; use 0 or 2")
+    if config_class.float16_config.enabled and stage == 0:
+        raise MeftConfigError(
+            "fp16.enabled = true with ZeRO stage 0 is refused: DeepSpeed does not scale the loss there; use bf16, or "
+            "zero_optimization.stage = 2"
+        )
+    if stage and not config_class.zero_config.compute_grad_norm:
+        raise MeftConfigError(
+            "zero_optimization.compute_grad_norm = false is not supported with MEFT, whose rows and parameters share "
+            "one norm; leave it out"
+        )
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if ranks > 1:
+        raise MeftConfigError(f"{ranks} ranks are not supported with MEFT yet; launch with one process")
+    if optimizer is None:
+        require_adam_name(config_class.optimizer_name)
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        require_adam(optimizer)
+
+
+def _row_optimizer(attached: Any, home: dict[str, int]) -> SparseCPUAdam:
+    groups = [
+        {
+            "tables": [t for name, a in attached.adapters.items() if home[name] == index for t in (a.keys, a.values)],
+            "follows": index,
+        }
+        for index in sorted(set(home.values()))
+    ]
+    return SparseCPUAdam(groups)

@@ -1,0 +1,71 @@
+"""What an adapter is, what it holds where, and what it has touched."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import psutil
+import torch
+
+from meft_engine.adapter.attach import AttachedAdapters
+from meft_engine.optim.sparse_adam import SparseCPUAdam
+
+logger = logging.getLogger("meft_engine")
+
+# A dense adapter under mixed-precision Adam keeps on the device: 16-bit weights and gradients, fp32 master and moments;
+# in fp32: weights, gradients and moments. Both are 16 bytes a parameter.
+_DENSE_BYTES_PER_PARAMETER = 16
+
+
+def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[str, Any]:
+    """Figures of the adapter.
+
+    Returns:
+        ``adapter_parameters``, ``base_parameters``: elements. ``rows``, ``layers``.
+        ``touched_share``: mean share of a layer's rows that a training micro-batch activates; ``kept_mass``: share of
+        their activation that the cap kept. Both ``None`` before the first training micro-batch.
+        ``host_bytes``: allocated on the host for rows and their optimizer state; ``host_bytes_measured``: what the
+        process's resident memory grew by since before they were allocated.
+        ``device_bytes``: what the compute device needs at hand: routers with their Adam state, the resident keys, the
+        largest gather of values. ``dense_device_bytes``: what a dense adapter of the same size, trained by Adam, would
+        hold there.
+    """
+    tables = attached.tables()
+    stats = [adapter.stats for adapter in attached.adapters.values()]
+    seen = sum(s.micro_batches for s in stats)
+    rows = attached.config.adapter.rows
+    masses = [s.mass for s in stats if s.mass is not None]
+    mass = torch.stack(masses).sum(0).tolist() if masses else [0.0, 0.0]
+    rows_parameters = sum(table.master.numel() for table in tables)
+    router_parameters = sum(adapter.router.numel() for adapter in attached.adapters.values())
+    return {
+        "layers": len(stats),
+        "rows": rows,
+        "adapter_parameters": rows_parameters + router_parameters,
+        "base_parameters": attached.base_parameters,
+        "touched_share": sum(s.active_rows for s in stats) / (seen * rows) if seen else None,
+        "kept_mass": (mass[1] / mass[0] if mass[0] > 0 else 1.0) if seen else None,
+        "host_bytes": sum(table.host_bytes() for table in tables) + optimizer.host_bytes(),
+        "host_bytes_measured": psutil.Process().memory_info().rss - attached.resident_before,
+        "device_bytes": sum(table.device_bytes() for table in tables) + _DENSE_BYTES_PER_PARAMETER * router_parameters,
+        "dense_device_bytes": _DENSE_BYTES_PER_PARAMETER * rows_parameters,
+    }
+
+
+def describe(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> None:
+    """Log in one line what has just been built, and the resolved block."""
+    report = make_report(attached, optimizer)
+    logger.info(
+        "MEFT adapter: %d layers × %d rows, %.1f M parameters (%.0f %% of the base), %.2f GiB on the host "
+        "(resident memory grew by %.2f GiB)",
+        report["layers"],
+        report["rows"],
+        report["adapter_parameters"] / 1e6,
+        100 * report["adapter_parameters"] / max(1, report["base_parameters"]),
+        report["host_bytes"] / 2**30,
+        report["host_bytes_measured"] / 2**30,
+    )
+    logger.info("MEFT configuration: %s", attached.config.resolved())
+    if attached.config.adapter.gate == "none":
+        logger.warning('adapter.gate = "none": the router gets no gradient, so routing stays as it was initialised')
