@@ -3,7 +3,8 @@
 Every faster path (sparse PyTorch, C++, Triton, inference) is tested against this file. It favours being obviously right
 over being fast: it scores all rows and masks, so it takes O(T · r) memory.
 
-Shapes: T tokens, d the model's width, r rows in N experts of E = r / N consecutive rows, n experts per token, K = top_k.
+Shapes: T tokens, d the model's width, r rows in N experts of E = r / N consecutive rows, n experts per token,
+K = top_k.
 Source of the method: MEFT, https://arxiv.org/abs/2406.04984, section 3 (Key-Experts).
 """
 
@@ -30,7 +31,7 @@ class ReferenceSelection:
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest entries of each row of ``scores`` [T, m]; ties go to the lowest index, NaN comes last."""
+    """Indices of the k largest entries of each row of ``scores`` [T, m]; ties to the lowest index, NaN last."""
     ranked = torch.where(scores.isnan(), -torch.inf, scores)
     return ranked.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 

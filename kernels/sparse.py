@@ -1,7 +1,7 @@
 """The sparse PyTorch path of the adapter: memory follows the picks and the active rows, never T × r.
 
-It runs on any device; ``reference.py`` is what it must equal. A token's picks are held in a padded [T, K] table, so that
-"a token combines its K rows" is an embedding bag, and "a row sums over its tokens" is the transposed bag.
+It runs on any device; ``reference.py`` is what it must equal. A token's picks are held in a padded [T, K] table, so
+that "a token combines its K rows" is an embedding bag, and "a row sums over its tokens" is the transposed bag.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def select(
 
 
 def score_picks(x: Tensor, table: Tensor, selection: Selection) -> Tensor:
-    """[T, K]: the dot product of each token's ``x`` [T, d] with the ``table`` [U, d] rows that it picked; 0 if invalid."""
+    """[T, K]: dot product of each token's ``x`` [T, d] with the ``table`` [U, d] rows that it picked; 0 if invalid."""
     tokens, top_k = selection.picks.shape
     dots = x.new_zeros(tokens, top_k)
     if not table.shape[0]:
@@ -139,7 +139,7 @@ def score_picks(x: Tensor, table: Tensor, selection: Selection) -> Tensor:
 
 
 def combine_rows(weights: Tensor, table: Tensor, selection: Selection) -> Tensor:
-    """[T, d]: each token's sum of the ``table`` [U, d] rows that it picked, by its ``weights`` [T, K] (0 if invalid)."""
+    """[T, d]: each token's sum of the ``table`` [U, d] rows that it picked, by its ``weights`` [T, K]."""
     if not table.shape[0]:
         return table.new_zeros(weights.shape[0], table.shape[1])
     return F.embedding_bag(selection.picks, table, per_sample_weights=weights, mode="sum")

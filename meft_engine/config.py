@@ -25,7 +25,7 @@ class _Section(BaseModel):
 
 
 def nearest_divisor_to_sqrt(rows: int) -> int:
-    """The divisor of ``rows`` nearest to √rows (the smaller one of two equally near), so that routing costs O(√rows)."""
+    """The divisor of ``rows`` nearest to √rows (the smaller of two equally near), so that routing costs O(√rows)."""
     root = math.sqrt(rows)
     divisors = (d for i in range(1, math.isqrt(rows) + 1) if rows % i == 0 for d in (i, rows // i))
     return min(divisors, key=lambda d: (abs(d - root), d))
@@ -38,7 +38,7 @@ class AdapterConfig(_Section):
     """Rows r of the adapter in each adapted layer; a row is one key and one value, each as wide as the model."""
 
     num_experts: int | None = Field(None, ge=1)
-    """Experts N that the rows are split into; N divides ``rows``. ``null``: the divisor of ``rows`` nearest to √rows."""
+    """Experts N that the rows are split into; N divides ``rows``. ``null``: its divisor nearest to √rows."""
 
     experts_per_token: int = Field(4, ge=1)
     """Experts whose rows a token scores (the n best by the router). At most ``num_experts``."""
@@ -66,7 +66,7 @@ class AdapterConfig(_Section):
     """Where the keys start: from the FFN's own gate rows (repeated with 1 % noise where rows run out), or at random."""
 
     freeze_base: bool = True
-    """Freeze the base model (all but PEFT's parameters, where the model is a PEFT model). ``false``: leave it as it is."""
+    """Freeze the base model (all but PEFT's own parameters in a PEFT model). ``false``: leave it as it is."""
 
     seed: int = Field(42, ge=0)
     """Seed of every random draw of the initialisation; the same seed gives the same adapter on every rank."""
@@ -122,8 +122,8 @@ class AdapterConfig(_Section):
             first, dash, last = asked.partition("-")
             if not (dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last)):
                 raise MeftConfigError(
-                    f'adapter.layers_to_transform = "{asked}" is not a range; write it as "first-last", such as "4-11", '
-                    "or as a list of indices"
+                    f'adapter.layers_to_transform = "{asked}" is not a range; write it as "first-last", such as '
+                    '"4-11", or as a list of indices'
                 )
             indices = set(range(int(first), int(last) + 1))
         else:

@@ -16,9 +16,9 @@ from meft_kernels.sparse import Selection
 class ApplyRows(torch.autograd.Function):
     """``y_t = Σ_j z_tj B_j`` over the picks j of token t, where ``z_tj = gate · (x_t · A_j)``.
 
-    Inputs: x [T, d] float32; gates [T, n] float32; scores [T, K] float32, the raw ``x · A_j`` of the picks (its gradient
-    flows into x here); the selection; the two tables; anchors, which receive zeros: an input that requires grad is what
-    makes autograd come here where neither x nor the gates do.
+    Inputs: x [T, d] float32; gates [T, n] float32; scores [T, K] float32, the raw ``x · A_j`` of the picks (its
+    gradient flows into x here); the selection; the two tables; anchors, which receive zeros: an input that requires
+    grad is what makes autograd come here where neither x nor the gates do.
 
     Gradients of rows are not returned but handed to the tables, since autograd would want them dense.
     """

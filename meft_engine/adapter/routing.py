@@ -70,6 +70,7 @@ def choose_rows(
     if on_overflow == "raise" and cap is not None and overflow.wanted_rows > cap:
         raise ActiveRowsOverflow(
             f"{name}: a micro-batch of {x.shape[0]} tokens activates {overflow.wanted_rows} rows, more than "
-            f'active_rows.cap = {cap}; raise the cap, shrink the micro-batch, or set active_rows.on_overflow to "keep_largest"'
+            f"active_rows.cap = {cap}; raise the cap, shrink the micro-batch, or set active_rows.on_overflow to "
+            '"keep_largest"'
         )
     return selection, raw, overflow
