@@ -6,11 +6,11 @@ Importing this package needs neither DeepSpeed nor Triton; each name below loads
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
+_MODULE_OF = {
     "initialize": "meft_engine.entry",
     "enable": "meft_engine.entry",
     "disable": "meft_engine.entry",
@@ -23,22 +23,13 @@ _EXPORTS = {
     "load_adapter": "meft_engine.checkpoint.adapter_files",
 }
 
-__all__ = ["__version__", *_EXPORTS]
-
-if TYPE_CHECKING:
-    from meft_engine.adapter.routing import ActiveRowsOverflow
-    from meft_engine.checkpoint.adapter_files import load_adapter
-    from meft_engine.config import MeftConfig, MeftConfigError
-    from meft_engine.engine import MeftEngine
-    from meft_engine.entry import disable, enable, initialize
-    from meft_engine.offload.tensor import PartiallyOffloadedTensor
-    from meft_engine.optim.sparse_adam import SparseCPUAdam
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -24,8 +24,8 @@ from meft_engine.row_step import RowStep
 class MeftEngine(DeepSpeedEngine):
     """DeepSpeed's engine with MEFT adapters beside the model's FFNs.
 
-    Built by :func:`meft_engine.initialize`, or by ``deepspeed.initialize`` after :func:`meft_engine.enable`. It takes what
-    ``DeepSpeedEngine`` takes; the ``"meft"`` block of the configuration says the rest.
+    Built by :func:`meft_engine.initialize`, or by ``deepspeed.initialize`` after :func:`meft_engine.enable`. It takes
+    what ``DeepSpeedEngine`` takes; the ``"meft"`` block of the configuration says the rest.
 
     Raises:
         MeftConfigError: before anything is allocated, for what cannot work.
@@ -129,12 +129,8 @@ class MeftEngine(DeepSpeedEngine):
         folder = engine_state.find_checkpoint(load_dir, tag)
         engine_state.require_match(self, folder)
         # DeepSpeed must not insist on a base that was not saved; what differs from ours has been refused above.
-        path, client_state = super().load_checkpoint(
-            load_dir,
-            folder.name,
-            load_module_strict=load_module_strict and self.meft_config.checkpoint.save_base,
-            **kwargs,
-        )
+        strict = load_module_strict and self.meft_config.checkpoint.save_base
+        path, client_state = super().load_checkpoint(load_dir, folder.name, load_module_strict=strict, **kwargs)
         engine_state.load(self, folder)
         self._window_micro_steps = 0
         return path, client_state

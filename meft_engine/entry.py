@@ -14,7 +14,8 @@ from meft_engine.engine import MeftEngine
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` that honours the ``"meft"`` block.
 
-    Takes what ``deepspeed.initialize`` takes and returns what it returns: ``(engine, optimizer, dataloader, scheduler)``.
+    Takes what ``deepspeed.initialize`` takes and returns what it returns: ``(engine, optimizer, dataloader,
+    scheduler)``.
     Without a block, or with ``"enabled": false``, it *is* ``deepspeed.initialize``.
 
     Raises:

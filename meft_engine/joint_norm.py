@@ -31,7 +31,7 @@ class JointNorm:
         raise NotImplementedError
 
     def combine(self, own: Any) -> Any:
-        """√(own² + rows²); keeps the type of ``own``, and its negative or non-finite value where that says "invalid"."""
+        """√(own² + rows²), of the type of ``own``; a negative ``own``, by which DeepSpeed says "invalid", stays."""
         if not isinstance(own, Tensor):
             return math.hypot(own, self.rows) if own >= 0 else own
         joint = torch.hypot(own, torch.full_like(own, self.rows))

@@ -93,7 +93,7 @@ def require_adam_name(name: str | None) -> None:
         )
     if name.lower() not in {"adam", "adamw"}:
         raise MeftConfigError(
-            f'optimizer.type = "{name}" is not of Adam\'s family, so the adapter\'s rows could not follow it; use "AdamW"'
+            f'optimizer.type = "{name}" is not of Adam\'s family, so the rows could not follow it; use "AdamW"'
         )
 
 
