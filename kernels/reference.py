@@ -73,7 +73,7 @@ def adapter(
     """
     wide = torch.promote_types(h.dtype, torch.float32)
     h, keys, values, router = (x.to(wide) for x in (h, keys, values, router))
-    tokens, rows, num_experts = h.shape[0], keys.shape[0], router.shape[0]
+    rows, num_experts = keys.shape[0], router.shape[0]
     expert_of_row = torch.arange(rows, device=h.device) // (rows // num_experts)
 
     # 1. The router chooses n experts for each token and gates them.
@@ -102,5 +102,5 @@ def adapter(
     kept_mass = float(mass[active].sum()) / total if total > 0 else 1.0
 
     # 4. The kept activations combine their rows' values.
-    y = torch.where(kept, z, 0) @ values if tokens else h.new_zeros(0, values.shape[1])
+    y = torch.where(kept, z, 0) @ values
     return y, ReferenceSelection(experts, kept, active.nonzero().flatten(), kept_mass)

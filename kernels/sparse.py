@@ -114,7 +114,7 @@ def select(
     position_of_row = torch.zeros(rows, dtype=torch.int64, device=kept.device)
     position_of_row[active] = torch.arange(active.numel(), device=kept.device)
 
-    raw = scores.view(tokens, -1).gather(1, position)
+    raw = scores.view(tokens, per_token * expert_rows).gather(1, position)
     selection = Selection(
         experts=experts,
         active=active,

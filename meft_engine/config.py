@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,7 +35,7 @@ def nearest_divisor_to_sqrt(rows: int) -> int:
 class AdapterConfig(_Section):
     """The shape of the sparse adapter that stands beside every adapted FFN."""
 
-    rows: int = Field(8192, ge=1)
+    rows: int = Field(8192, ge=1, lt=2**31)
     """Rows r of the adapter in each adapted layer; a row is one key and one value, each as wide as the model."""
 
     num_experts: int | None = Field(None, ge=1)
@@ -68,7 +69,7 @@ class AdapterConfig(_Section):
     freeze_base: bool = True
     """Freeze the base model (all but PEFT's own parameters in a PEFT model). ``false``: leave it as it is."""
 
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of every random draw of the initialisation; the same seed gives the same adapter on every rank."""
 
     @model_validator(mode="after")
@@ -99,6 +100,14 @@ class AdapterConfig(_Section):
                 f"({self.experts_per_token} experts of {self.rows // experts} rows); use a value from 1 to {candidates}"
             )
         self.layer_indices(None)
+        for pattern in self.target_modules or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f'adapter.target_modules = "{pattern}" is not a regular expression ({error}); to match a name as '
+                    "it stands, escape its special characters with a backslash"
+                ) from None
         return self
 
     @property
@@ -106,8 +115,8 @@ class AdapterConfig(_Section):
         """The number of experts N, derived from ``rows`` where the block leaves it open."""
         return self.num_experts if self.num_experts is not None else nearest_divisor_to_sqrt(self.rows)
 
-    def layer_indices(self, num_layers: int | None) -> set[int] | None:
-        """The layers to adapt as a set, or ``None`` for all.
+    def layer_indices(self, num_layers: int | None) -> Collection[int] | None:
+        """The layers to adapt, or ``None`` for all.
 
         Args:
             num_layers: how many layers the model has, to check the indices against; ``None`` checks the form alone.
@@ -120,21 +129,22 @@ class AdapterConfig(_Section):
             return None
         if isinstance(asked, str):
             first, dash, last = asked.partition("-")
-            if not (dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last)):
+            if not (dash and first.strip().isdecimal() and last.strip().isdecimal() and int(first) <= int(last)):
                 raise MeftConfigError(
                     f'adapter.layers_to_transform = "{asked}" is not a range; write it as "first-last", such as '
                     '"4-11", or as a list of indices'
                 )
-            indices = set(range(int(first), int(last) + 1))
+            # Not a set: a digit too many must not fill the memory.
+            indices: Collection[int] = range(int(first), int(last) + 1)
         else:
             indices = set(asked)
         if not indices:
             raise MeftConfigError("adapter.layers_to_transform = [] adapts nothing; name a layer, or null for all")
         if num_layers is not None:
-            outside = sorted(i for i in indices if not 0 <= i < num_layers)
-            if outside:
+            outside = next((i for i in (min(indices), max(indices)) if not 0 <= i < num_layers), None)
+            if outside is not None:
                 raise MeftConfigError(
-                    f"adapter.layers_to_transform names layer {outside[0]}, but the model's layers are 0 to "
+                    f"adapter.layers_to_transform names layer {outside}, but the model's layers are 0 to "
                     f"{num_layers - 1}"
                 )
         return indices
@@ -244,7 +254,8 @@ def _looks_like_block_name(key: str) -> bool:
 def _one_sentence(error: ValidationError) -> str:
     """Pydantic's first complaint in the words of a user of the JSON."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    # Of a field with alternatives, pydantic names the alternative too, such as "list[int]".
+    where = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     if first["type"] == "extra_forbidden":
         section = MeftConfig
         for part in first["loc"][:-1]:
@@ -256,6 +267,6 @@ def _one_sentence(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f'"{BLOCK}": {first["ctx"]["error"]}'
     if isinstance(first["input"], str) and first["input"] == "auto":
-        return f'"{BLOCK}": {where} = "auto" is not supported inside the block; use null to have the value derived'
-    message = first["msg"].removeprefix("Input ").strip()
+        return f'"{BLOCK}": {where} = "auto" is not supported inside the block; leave it out for its default'
+    message = first["msg"].removeprefix("Input ").strip() if first["type"] != "model_type" else "should be an object"
     return f'"{BLOCK}": {where} = {first["input"]!r} is not valid: it {message}'

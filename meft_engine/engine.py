@@ -118,7 +118,14 @@ class MeftEngine(DeepSpeedEngine):
         )
 
     def load_checkpoint(
-        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True, **kwargs: Any
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
     ) -> tuple[str, dict[str, Any]]:
         """Resume from what :meth:`save_checkpoint` wrote.
 
@@ -129,9 +136,16 @@ class MeftEngine(DeepSpeedEngine):
         folder = engine_state.find_checkpoint(load_dir, tag)
         engine_state.require_match(self, folder)
         # DeepSpeed must not insist on a base that was not saved; what differs from ours has been refused above.
-        strict = load_module_strict and self.meft_config.checkpoint.save_base
-        path, client_state = super().load_checkpoint(load_dir, folder.name, load_module_strict=strict, **kwargs)
-        engine_state.load(self, folder)
+        path, client_state = super().load_checkpoint(
+            load_dir,
+            folder.name,
+            load_module_strict=load_module_strict and self.meft_config.checkpoint.save_base,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
+        engine_state.load(self, folder, resume=load_optimizer_states and not load_module_only)
         self._window_micro_steps = 0
         return path, client_state
 

@@ -37,7 +37,7 @@ class ApplyRows(torch.autograd.Function):
         ctx.save_for_backward(x, gates, scores, *anchors)
         ctx.selection, ctx.keys, ctx.values = selection, keys, values
         ctx.versions = keys.version, values.version
-        activations = scores * gates.gather(1, selection.slots)
+        activations = scores * _picked(gates, selection)
         return combine_rows(activations, values.gather(selection.active), selection)
 
     @staticmethod
@@ -46,7 +46,7 @@ class ApplyRows(torch.autograd.Function):
         x, gates, scores, *anchors = ctx.saved_tensors
         selection, keys, values = ctx.selection, ctx.keys, ctx.values
         keys_version, values_version = ctx.versions
-        picked_gates = gates.gather(1, selection.slots)
+        picked_gates = _picked(gates, selection)
         tokens_of_row = TokensOfRow(selection)
 
         grad_z = score_picks(grad_y, values.gather(selection.active, values_version), selection)
@@ -58,3 +58,8 @@ class ApplyRows(torch.autograd.Function):
 
         grad_gates = torch.zeros_like(gates).scatter_add_(1, selection.slots, grad_z * scores)
         return grad_x, grad_gates, None, None, None, None, *(torch.zeros_like(a) for a in anchors)
+
+
+def _picked(gates: Tensor, selection: Selection) -> Tensor:
+    """[T, K]: the gate of each pick's expert; 0 where there is no pick, since a NaN gate times 0 would be NaN."""
+    return torch.where(selection.valid, gates.gather(1, selection.slots), 0)

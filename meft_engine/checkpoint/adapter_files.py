@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
@@ -28,13 +29,11 @@ def save_adapter(attached: AttachedAdapters, folder: Path, *, masters: bool = Fa
     ``<ffn>.router`` [N, d]; ``<ffn>.base_sample`` [64], to tell another base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, adapter in attached.adapters.items():
-        for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
-            rows = table.master if masters else table.master.to(attached.compute_dtype)
-            tensors[f"{name}.{kind}"] = rows
-        tensors[f"{name}.router"] = adapter.router.detach().cpu().contiguous()
-        tensors[f"{name}.base_sample"] = attached.base_samples[name]
+    rows_dtype = torch.float32 if masters else attached.compute_dtype
+    tensors = {
+        name: tensor.detach().cpu().to(rows_dtype if name.endswith((".keys", ".values")) else tensor.dtype).contiguous()
+        for name, tensor in _expected(attached).items()
+    }
     save_file(tensors, folder / WEIGHTS_FILE)
     dtype = next(name for name, value in DTYPES.items() if value == attached.compute_dtype)
     description = {
@@ -62,23 +61,24 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         MeftConfigError: if the adapter does not fit the model.
     """
     folder = _resolve(Path(folder))
-    description, tensors = read_adapter(folder)
+    require_files(folder, CONFIG_FILE, WEIGHTS_FILE)
+    description = read_description(folder)
     config = MeftConfig.from_block(description["meft"])
     attached = attach(model, config, compute_dtype=DTYPES[description["compute_dtype"]], trainable=False)
-    fill(attached, description, tensors, folder)
+    require_fit(attached, folder)
+    fill(attached, folder)
     return model
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a saved adapter.
+def require_files(folder: Path, *names: str) -> None:
+    """Check that files are there.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
+        FileNotFoundError: naming the first that is missing.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; {folder} is not a whole MEFT adapter")
-    return read_description(folder), load_file(folder / WEIGHTS_FILE)
+            raise FileNotFoundError(f"{folder / name} is missing, so nothing can be loaded from {folder}")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -86,14 +86,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG_FILE).read_text())
 
 
-def require_fit(
-    attached: AttachedAdapters, description: dict[str, Any], samples: dict[str, Tensor], folder: Path
-) -> None:
-    """Refuse an adapter of another shape or of another base model.
+def require_fit(attached: AttachedAdapters, folder: Path) -> None:
+    """Refuse an adapter of another shape or of another base model; reads shapes and samples alone.
 
     Raises:
         MeftConfigError: naming what differs.
     """
+    description = read_description(folder)
     saved, own = description["meft"]["adapter"], attached.config.resolved()["adapter"]
     for key in ("rows", "num_experts", "experts_per_token", "top_k", "gate"):
         if saved[key] != own[key]:
@@ -103,31 +102,51 @@ def require_fit(
             f"{folder} adapts {len(description['ffns'])} FFNs ({description['ffns'][0]}, …), this model "
             f"{len(attached.adapters)} ({next(iter(attached.adapters))}, …): it is of another model or other layers"
         )
-    for name, sample in attached.base_samples.items():
-        other = samples[f"{name}.base_sample"]
-        # The same model may have been loaded in another precision.
-        if other.shape != sample.shape or not torch.allclose(other, sample, rtol=0.02, atol=1e-4):
-            raise MeftConfigError(f"{folder} was trained on another base model: the weights of {name} differ")
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        require_shapes(file, _expected(attached), folder / WEIGHTS_FILE)
+        for name, sample in attached.base_samples.items():
+            other = file.get_tensor(f"{name}.base_sample")
+            # To bf16's precision, since the same model may have been loaded in another one.
+            if other.shape != sample.shape or not torch.allclose(other, sample, rtol=2**-7, atol=1e-6):
+                raise MeftConfigError(f"{folder} was trained on another base model: the weights of {name} differ")
 
 
-def fill(attached: AttachedAdapters, description: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    """Put saved tensors into a model's adapters, after checking that they fit.
+def require_shapes(file: Any, expected: dict[str, Tensor], path: Path) -> None:
+    """Check the tensors of an open safetensors file against those that they are to be copied into.
 
     Raises:
-        MeftConfigError: if they do not.
+        MeftConfigError: naming the first that is missing or of another shape.
     """
-    require_fit(attached, description, tensors, folder)
-    for name, adapter in attached.adapters.items():
-        expected = {"keys": adapter.keys.master, "values": adapter.values.master, "router": adapter.router}
-        for kind, tensor in expected.items():
-            found = tensors.get(f"{name}.{kind}")
-            if found is None or found.shape != tensor.shape:
-                shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
-                raise MeftConfigError(f"{folder}: {name}.{kind} is {shape}, not {tuple(tensor.shape)}")
-        adapter.keys.fill(tensors[f"{name}.keys"])
-        adapter.values.fill(tensors[f"{name}.values"])
-        with torch.no_grad():
-            adapter.router.copy_(tensors[f"{name}.router"])
+    names = set(file.keys())
+    for name, tensor in expected.items():
+        shape = tuple(file.get_slice(name).get_shape()) if name in names else None
+        if shape != tuple(tensor.shape):
+            found = "is missing" if shape is None else f"has shape {shape}"
+            raise MeftConfigError(f"{path}: {name} {found}, where {tuple(tensor.shape)} is needed")
+
+
+def fill(attached: AttachedAdapters, folder: Path) -> None:
+    """Put saved tensors, which :func:`require_fit` has accepted, into a model's adapters."""
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        for name, adapter in attached.adapters.items():
+            adapter.keys.fill(file.get_tensor(f"{name}.keys"))
+            adapter.values.fill(file.get_tensor(f"{name}.values"))
+            with torch.no_grad():
+                adapter.router.copy_(file.get_tensor(f"{name}.router"))
+
+
+def _expected(attached: AttachedAdapters) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by their names there."""
+    return {
+        f"{name}.{kind}": tensor
+        for name, adapter in attached.adapters.items()
+        for kind, tensor in (
+            ("keys", adapter.keys.master),
+            ("values", adapter.values.master),
+            ("router", adapter.router),
+            ("base_sample", attached.base_samples[name]),
+        )
+    }
 
 
 def _resolve(folder: Path) -> Path:

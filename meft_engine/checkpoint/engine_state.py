@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from meft_engine.checkpoint import adapter_files, random_state
-from meft_engine.config import MeftConfigError
 
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
@@ -45,12 +45,7 @@ def save(engine: MeftEngine, tag_folder: Path) -> None:
     partial = tag_folder / f"{FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     adapter_files.save_adapter(engine.meft_adapters, partial, masters=True)
-    moments = {
-        f"{table.name}/{key}": value
-        for table in engine.row_optimizer.tables()
-        for key, value in engine.row_optimizer.state[table.master].items()
-    }
-    save_file(moments, partial / _OPTIMIZER_FILE)
+    save_file(_moments(engine), partial / _OPTIMIZER_FILE)
     save_file(random_state.capture(), partial / _RANDOM_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -68,9 +63,8 @@ def find_checkpoint(load_dir: str, tag: str | None) -> Path:
             raise FileNotFoundError(f"{latest} is missing; name a tag, or a folder that save_checkpoint wrote")
         tag = latest.read_text().strip()
     folder = Path(load_dir, tag)
-    for name in (adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, _OPTIMIZER_FILE, _RANDOM_FILE):
-        if not (folder / FOLDER / name).is_file():
-            raise FileNotFoundError(f"{folder / FOLDER / name} is missing; this checkpoint cannot be resumed")
+    files = (adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, _OPTIMIZER_FILE, _RANDOM_FILE)
+    adapter_files.require_files(folder / FOLDER, *files)
     return folder
 
 
@@ -81,28 +75,27 @@ def require_match(engine: MeftEngine, tag_folder: Path) -> None:
         MeftConfigError: naming what differs.
     """
     folder = tag_folder / FOLDER
-    attached = engine.meft_adapters
-    description = adapter_files.read_description(folder)
-    with safe_open(folder / adapter_files.WEIGHTS_FILE, "pt") as file:
-        names = [f"{name}.base_sample" for name in description["ffns"]]
-        samples = {name: file.get_tensor(name) for name in names}
-    adapter_files.require_fit(attached, description, samples, folder)
+    adapter_files.require_fit(engine.meft_adapters, folder)
+    with safe_open(folder / _OPTIMIZER_FILE, "pt") as file:
+        adapter_files.require_shapes(file, _moments(engine), folder / _OPTIMIZER_FILE)
 
 
-def load(engine: MeftEngine, tag_folder: Path) -> None:
-    """Restore rows, moments, steps and random state.
-
-    Raises:
-        MeftConfigError: if a tensor is missing or of another shape.
-    """
+def load(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None:
+    """Restore what :func:`require_match` accepted: the adapter and, to ``resume``, moments, steps, random state."""
     folder = tag_folder / FOLDER
-    adapter_files.fill(engine.meft_adapters, *adapter_files.read_adapter(folder), folder)
-    moments = load_file(folder / _OPTIMIZER_FILE)
-    for table in engine.row_optimizer.tables():
-        for key, value in engine.row_optimizer.state[table.master].items():
-            saved = moments.get(f"{table.name}/{key}")
-            if saved is None or saved.shape != value.shape:
-                raise MeftConfigError(f"{folder / _OPTIMIZER_FILE} holds no {table.name}/{key} of {tuple(value.shape)}")
-            value.copy_(saved)
+    adapter_files.fill(engine.meft_adapters, folder)
     engine.row_optimizer.zero_grad()
-    random_state.restore(load_file(folder / _RANDOM_FILE))
+    if resume:
+        with safe_open(folder / _OPTIMIZER_FILE, "pt") as file:
+            for name, value in _moments(engine).items():
+                value.copy_(file.get_tensor(name))
+        random_state.restore(load_file(folder / _RANDOM_FILE))
+
+
+def _moments(engine: MeftEngine) -> dict[str, Tensor]:
+    """The row optimizer's state, by its names in a checkpoint."""
+    return {
+        f"{table.name}/{key}": value
+        for table in engine.row_optimizer.tables()
+        for key, value in engine.row_optimizer.state[table.master].items()
+    }
