@@ -248,7 +248,7 @@ def find_block(config: Mapping[str, Any]) -> MeftConfig | None:
 
 def _looks_like_block_name(key: str) -> bool:
     name = key.strip().lower()
-    return name == BLOCK or name.startswith(BLOCK) or bool(difflib.get_close_matches(name, [BLOCK], cutoff=0.85))
+    return name == BLOCK or name.startswith(BLOCK) or bool(difflib.get_close_matches(name, [BLOCK], cutoff=0.7))
 
 
 def _one_sentence(error: ValidationError) -> str:

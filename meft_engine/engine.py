@@ -48,18 +48,20 @@ class MeftEngine(DeepSpeedEngine):
         _require_support(config_class, optimizer)
         compute_dtype = _compute_dtype(block, config_class)
         device = get_accelerator().current_device_name()
+        # Read now: a generator that filters by requires_grad means the parameters as the caller left them.
+        client_built = isinstance(optimizer, torch.optim.Optimizer)
+        groups = optimizer.param_groups if client_built else as_groups(model, model_parameters)
         attached = attach(model, block, compute_dtype=compute_dtype, device=device)
         if block.adapter.freeze_base:
             freeze_base(model)
             for adapter in attached.adapters.values():
                 adapter.router.requires_grad_(block.adapter.gate != "none")
 
-        if isinstance(optimizer, torch.optim.Optimizer):
-            home = rebuild_groups(optimizer.param_groups, attached)
-        else:
-            groups = as_groups(model, model_parameters)
-            home = rebuild_groups(groups, attached)
-            model_parameters = groups if len(groups) > 1 else groups[0]["params"]
+        home = rebuild_groups(groups, attached)
+        if not client_built:
+            # A flat list stays one, for callables that build the optimizer from it.
+            flat = len(groups) == 1 and groups[0].keys() == {"params"}
+            model_parameters = groups[0]["params"] if flat else groups
         super().__init__(args, model, optimizer, model_parameters, config=config, config_class=config_class, **kwargs)
 
         require_adam(self.basic_optimizer)

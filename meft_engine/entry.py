@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import deepspeed
@@ -9,6 +10,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from meft_engine.config import MeftConfigError, find_block
 from meft_engine.engine import MeftEngine
+
+_plain_init = DeepSpeedEngine.__init__
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -21,7 +24,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     Raises:
         MeftConfigError: for a bad block, or a combination that cannot work.
     """
-    was_enabled = "__new__" in DeepSpeedEngine.__dict__
+    was_enabled = DeepSpeedEngine.__init__ is _init_engine
     enable()
     try:
         return deepspeed.initialize(*args, **kwargs)
@@ -36,23 +39,27 @@ def enable() -> None:
     DeepSpeed names its engine class in code, so the class itself decides: constructing a ``DeepSpeedEngine`` with an
     enabled block makes a :class:`MeftEngine`. Everything else about DeepSpeed stays as it is.
     """
-    DeepSpeedEngine.__new__ = staticmethod(_new_engine)
+    DeepSpeedEngine.__init__ = _init_engine
 
 
 def disable() -> None:
     """Undo :func:`enable`."""
-    if "__new__" in DeepSpeedEngine.__dict__:
-        del DeepSpeedEngine.__new__
+    if DeepSpeedEngine.__init__ is _init_engine:
+        DeepSpeedEngine.__init__ = _plain_init
 
 
-def _new_engine(cls: type, *args: Any, **kwargs: Any) -> DeepSpeedEngine:
+@functools.wraps(_plain_init)
+def _init_engine(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
+    # Not by __new__: CPython leaves a class whose __new__ was replaced and deleted unable to take arguments.
     config = kwargs.get("config")
     block = find_block(config) if isinstance(config, dict) else None
-    if block is None or issubclass(cls, MeftEngine):
-        return object.__new__(cls)
-    if cls is not DeepSpeedEngine:
+    if block is None or isinstance(self, MeftEngine):
+        _plain_init(self, *args, **kwargs)
+        return
+    if type(self) is not DeepSpeedEngine:
         raise MeftConfigError(
-            f'an enabled "meft" block cannot be used with {cls.__name__}; '
+            f'an enabled "meft" block cannot be used with {type(self).__name__}; '
             "use a plain model (no PipelineModule, no hybrid engine), or set meft.enabled to false"
         )
-    return object.__new__(MeftEngine)
+    self.__class__ = MeftEngine
+    self.__init__(*args, **kwargs)

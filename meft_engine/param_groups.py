@@ -41,7 +41,7 @@ def rebuild_groups(groups: list[dict[str, Any]], attached: AttachedAdapters) -> 
     Returns:
         For each adapter's name, the index of its group (among groups that were not empty to begin with).
     """
-    kept = [group for group in groups if group["params"]]
+    kept = [group for group in groups if group["params"]] or groups[:1]
     group_of = {id(p): index for index, group in enumerate(kept) for p in group["params"]}
     home = {}
     for name, ffn in attached.ffns.items():

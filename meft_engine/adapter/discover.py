@@ -52,6 +52,7 @@ def find_ffns(model: nn.Module, config: AdapterConfig) -> list[FFN]:
             f"no FFN with {', '.join(_PROJECTIONS)} found in {type(model).__name__}; MEFT adapts models of the Llama "
             "family"
         )
+    layers = config.layer_indices(1 + max(f.layer for f in found))
     if config.target_modules is not None:
         named = [f for f in found if any(re.search(rf"(?:{p})$", f.name) for p in config.target_modules)]
         if not named:
@@ -60,8 +61,15 @@ def find_ffns(model: nn.Module, config: AdapterConfig) -> list[FFN]:
                 f'like "{found[0].name}"'
             )
         found = named
-    layers = config.layer_indices(1 + max(f.layer for f in found))
-    return found if layers is None else [f for f in found if f.layer in layers]
+    if layers is None:
+        return found
+    chosen = [f for f in found if f.layer in layers]
+    if not chosen:
+        raise MeftConfigError(
+            f"adapter.layers_to_transform = {config.layers_to_transform} and adapter.target_modules = "
+            f"{config.target_modules} have no FFN in common; leave one of them out"
+        )
+    return chosen
 
 
 def _place(name: str) -> tuple[int, str]:
