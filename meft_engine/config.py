@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -115,8 +115,8 @@ class AdapterConfig(_Section):
         """The number of experts N, derived from ``rows`` where the block leaves it open."""
         return self.num_experts if self.num_experts is not None else nearest_divisor_to_sqrt(self.rows)
 
-    def layer_indices(self, num_layers: int | None) -> Collection[int] | None:
-        """The layers to adapt, or ``None`` for all.
+    def layer_indices(self, num_layers: int | None) -> Sequence[int] | None:
+        """The layers to adapt, ascending, or ``None`` for all.
 
         Args:
             num_layers: how many layers the model has, to check the indices against; ``None`` checks the form alone.
@@ -134,14 +134,14 @@ class AdapterConfig(_Section):
                     f'adapter.layers_to_transform = "{asked}" is not a range; write it as "first-last", such as '
                     '"4-11", or as a list of indices'
                 )
-            # Not a set: a digit too many must not fill the memory.
-            indices: Collection[int] = range(int(first), int(last) + 1)
+            # Never listed: a digit too many must not fill the memory.
+            indices: Sequence[int] = range(int(first), int(last) + 1)
         else:
-            indices = set(asked)
+            indices = sorted(set(asked))
         if not indices:
             raise MeftConfigError("adapter.layers_to_transform = [] adapts nothing; name a layer, or null for all")
         if num_layers is not None:
-            outside = next((i for i in (min(indices), max(indices)) if not 0 <= i < num_layers), None)
+            outside = next((i for i in (indices[0], indices[-1]) if not 0 <= i < num_layers), None)
             if outside is not None:
                 raise MeftConfigError(
                     f"adapter.layers_to_transform names layer {outside}, but the model's layers are 0 to "

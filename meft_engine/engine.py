@@ -67,7 +67,8 @@ class MeftEngine(DeepSpeedEngine):
         require_adam(self.basic_optimizer)
         self.meft_config = block
         self.meft_adapters = attached
-        self.row_optimizer = _row_optimizer(attached, home)
+        with attached.measured():
+            self.row_optimizer = _row_optimizer(attached, home)
         self._joint_norm = install_joint_norm(self)
         self._row_step = RowStep(
             self.row_optimizer, self._joint_norm, self.gradient_clipping(), block.optimizer.lr_scale

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import psutil
 import torch
 
 from meft_engine.adapter.attach import AttachedAdapters
@@ -26,7 +25,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         ``touched_share``: mean share of a layer's rows that a training micro-batch activates; ``kept_mass``: share of
         their activation that the cap kept. Both ``None`` before the first training micro-batch.
         ``host_bytes``: allocated on the host for rows and their optimizer state; ``host_bytes_measured``: what the
-        process's resident memory grew by since before they were allocated.
+        process's resident memory grew by when they were allocated.
         ``device_bytes``: what the compute device needs at hand: routers with their Adam state, the resident keys, the
         largest gather of values. ``dense_device_bytes``: what a dense adapter of the same size, trained by Adam, would
         hold there.
@@ -47,7 +46,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         "touched_share": sum(s.active_rows for s in stats) / (seen * rows) if seen else None,
         "kept_mass": (mass[1] / mass[0] if mass[0] > 0 else 1.0) if seen else None,
         "host_bytes": sum(table.host_bytes() for table in tables) + optimizer.host_bytes(),
-        "host_bytes_measured": psutil.Process().memory_info().rss - attached.resident_before,
+        "host_bytes_measured": attached.measured_bytes,
         "device_bytes": sum(table.device_bytes() for table in tables) + _DENSE_BYTES_PER_PARAMETER * router_parameters,
         "dense_device_bytes": _DENSE_BYTES_PER_PARAMETER * rows_parameters,
     }

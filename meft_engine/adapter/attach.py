@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -31,8 +33,15 @@ class AttachedAdapters:
     """Elements of the base model."""
     base_samples: dict[str, Tensor]
     """A sample of each FFN's gate weights, by which another base model is told apart."""
-    resident_before: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
-    """Resident memory of the process, in bytes, before the rows were allocated."""
+    measured_bytes: int = 0
+    """How much the process's resident memory grew while the rows and their optimizer state were allocated."""
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Add what the process's resident memory grows by inside the ``with`` to ``measured_bytes``."""
+        before = psutil.Process().memory_info().rss
+        yield
+        self.measured_bytes += psutil.Process().memory_info().rss - before
 
     def tables(self) -> list[PartiallyOffloadedTensor]:
         """Every adapter's keys, then its values, first layer first."""
@@ -72,18 +81,19 @@ def attach(
     for index, ffn in enumerate(ffns):
         gate_weight = ffn.gate_weight
         place = torch.device(device) if device is not None else gate_weight.device
-        tables = [
-            PartiallyOffloadedTensor(
-                f"{ffn.name}/{kind}",
-                config.adapter.rows,
-                ffn.width,
-                device=place,
-                compute_dtype=compute_dtype,
-                resident=kind == "keys",
-                trainable=trainable,
-            )
-            for kind in ("keys", "values")
-        ]
+        with attached.measured():
+            tables = [
+                PartiallyOffloadedTensor(
+                    f"{ffn.name}/{kind}",
+                    config.adapter.rows,
+                    ffn.width,
+                    device=place,
+                    compute_dtype=compute_dtype,
+                    resident=kind == "keys",
+                    trainable=trainable,
+                )
+                for kind in ("keys", "values")
+            ]
         # The same seed for every layer would make random keys equal across layers.
         seed = config.adapter.seed * 1_000_003 + index
         tables[0].fill(initial_keys(gate_weight, config.adapter.rows, config.adapter.init_keys, seed))

@@ -60,7 +60,9 @@ class PartiallyOffloadedTensor:
         self.master = torch.empty(rows, width, dtype=torch.float32, device="cpu").fill_(0)
         home = self.device if resident else torch.device("cpu")
         self._aliased = compute_dtype == torch.float32 and home.type == "cpu"
-        self._compute = self.master if self._aliased else torch.zeros(rows, width, dtype=compute_dtype, device=home)
+        self._compute = self.master
+        if not self._aliased:
+            self._compute = torch.empty(rows, width, dtype=compute_dtype, device=home).fill_(0)
         self._pending: RowGradient | None = None
         self._largest_gather = 0
 
