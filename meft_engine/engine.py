@@ -137,7 +137,8 @@ class MeftEngine(DeepSpeedEngine):
             FileNotFoundError: if a file is missing, ``latest`` included.
         """
         folder = engine_state.find_checkpoint(load_dir, tag)
-        engine_state.require_match(self, folder)
+        resume = load_optimizer_states and not load_module_only
+        engine_state.require_match(self, folder, resume=resume)
         # DeepSpeed must not insist on a base that was not saved; what differs from ours has been refused above.
         path, client_state = super().load_checkpoint(
             load_dir,
@@ -148,9 +149,18 @@ class MeftEngine(DeepSpeedEngine):
             load_module_only=load_module_only,
             custom_load_fn=custom_load_fn,
         )
-        engine_state.load(self, folder, resume=load_optimizer_states and not load_module_only)
+        engine_state.load(self, folder, resume=resume)
         self._window_micro_steps = 0
         return path, client_state
+
+    def module_state_dict(self, *args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any) -> dict[str, Any]:
+        state = super().module_state_dict(*args, exclude_frozen_parameters=exclude_frozen_parameters, **kwargs)
+        if exclude_frozen_parameters:
+            # DeepSpeed leaves a frozen parameter in under its second name (lm_head.weight, where tied).
+            for name, parameter in self.module.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+        return state
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter alone (for :func:`meft_engine.load_adapter`) to ``folder``."""

@@ -39,9 +39,9 @@ class AttachedAdapters:
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Add what the process's resident memory grows by inside the ``with`` to ``measured_bytes``."""
-        before = psutil.Process().memory_info().rss
+        before = _anonymous_memory()
         yield
-        self.measured_bytes += psutil.Process().memory_info().rss - before
+        self.measured_bytes += _anonymous_memory() - before
 
     def tables(self) -> list[PartiallyOffloadedTensor]:
         """Every adapter's keys, then its values, first layer first."""
@@ -67,7 +67,7 @@ def attach(
     Raises:
         MeftConfigError: if no FFN fits, the model has adapters already, or host memory is too small.
     """
-    if "meft" in model.__dict__:
+    if any(isinstance(module, SparseAdapter) for module in model.modules()):
         raise MeftConfigError(f"this {type(model).__name__} already has MEFT adapters; attach to a fresh model")
     ffns = find_ffns(model, config.adapter)
     needed = sum(
@@ -109,6 +109,12 @@ def attach(
         _let_embeddings_require_grad(model)
     model.__dict__["meft"] = attached
     return attached
+
+
+def _anonymous_memory() -> int:
+    """Resident bytes of this process that no file backs (weights that are mapped from a file come and go)."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
 
 
 def base_sample(gate_weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_kernels.dispatch import TokensOfRow, combine_rows, score_picks
 from meft_kernels.sparse import Selection
+
+_SELECTION_TENSORS = len(fields(Selection))
 
 
 class ApplyRows(torch.autograd.Function):
@@ -34,8 +37,9 @@ class ApplyRows(torch.autograd.Function):
         values: PartiallyOffloadedTensor,
         *anchors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, gates, scores, *anchors)
-        ctx.selection, ctx.keys, ctx.values = selection, keys, values
+        # The selection too is saved, not merely kept: it shall die with the backward, not with the output.
+        ctx.save_for_backward(x, gates, scores, *vars(selection).values(), *anchors)
+        ctx.keys, ctx.values = keys, values
         ctx.versions = keys.version, values.version
         activations = scores * _picked(gates, selection)
         return combine_rows(activations, values.gather(selection.active), selection)
@@ -43,8 +47,9 @@ class ApplyRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, gates, scores, *anchors = ctx.saved_tensors
-        selection, keys, values = ctx.selection, ctx.keys, ctx.values
+        x, gates, scores, *rest = ctx.saved_tensors
+        selection, anchors = Selection(*rest[:_SELECTION_TENSORS]), rest[_SELECTION_TENSORS:]
+        keys, values = ctx.keys, ctx.values
         keys_version, values_version = ctx.versions
         picked_gates = _picked(gates, selection)
         tokens_of_row = TokensOfRow(selection)

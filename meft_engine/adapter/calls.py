@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from meft_kernels.sparse import Selection
 
-_FINGERPRINT = 256
 _SAME_CALL = 0.05
 
 
@@ -28,6 +27,8 @@ class Record:
     tokens: Tensor | None
     """[T] int64: positions of the real tokens in the flattened batch; ``None``: all are real."""
     selection: Selection
+    versions: tuple[int, ...]
+    """Of the tables that the selection was made from."""
     shape: torch.Size
     fingerprint: Tensor
 
@@ -36,7 +37,7 @@ class Record:
 class Call:
     """A forward of a stack that is running, or whose backward is still to come."""
 
-    mask: Tensor | None
+    mask: Tensor | None = None
     records: dict[nn.Module, list[Record]] = field(default_factory=dict)
 
 
@@ -73,25 +74,32 @@ class CallTracker:
         real = mask[:, mask.shape[1] - shape[1] :].flatten() != 0
         return None if bool(real.all()) else real.nonzero().flatten()
 
-    def record(self, adapter: nn.Module, h: Tensor, tokens: Tensor | None, selection: Selection) -> None:
+    def record(
+        self,
+        adapter: nn.Module,
+        h: Tensor,
+        tokens: Tensor | None,
+        selection: Selection,
+        versions: tuple[int, ...],
+    ) -> None:
         """Remember a selection for as long as it may have to be replayed."""
         if self._running:
-            record = Record(tokens, selection, h.shape, _fingerprint(h))
+            record = Record(tokens, selection, versions, h.shape, _fingerprint(h))
             self._running[-1].records.setdefault(adapter, []).append(record)
 
     def replay(self, adapter: nn.Module, h: Tensor) -> Record:
         """The record of the forward that this recomputation repeats.
 
         Several forwards may be in flight. The recomputed ``h`` equals the first run's up to rounding, so the record
-        whose sample of ``h`` is nearest is the right one; equal samples mean equal selections.
+        whose fingerprint is nearest is the right one; equal fingerprints mean equal selections.
 
         Raises:
             RuntimeError: if no forward in flight had such an ``h``.
         """
-        sample = _fingerprint(h)
-        scale = sample.norm() + torch.finfo(torch.float32).tiny
+        fingerprint = _fingerprint(h)
+        scale = fingerprint.norm() + torch.finfo(torch.float32).tiny
         records = [r for call in self._live for r in call.records.get(adapter, ()) if r.shape == h.shape]
-        distances = [float(torch.nan_to_num((r.fingerprint - sample).norm() / scale)) for r in records]
+        distances = [float(torch.nan_to_num((r.fingerprint - fingerprint).norm() / scale)) for r in records]
         if not distances or min(distances) > _SAME_CALL:
             raise RuntimeError(
                 "a MEFT adapter ran inside a backward, but repeats no forward in flight; run forwards outside of "
@@ -100,9 +108,11 @@ class CallTracker:
         return records[distances.index(min(distances))]
 
     def _enter(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        bound = self._signature.bind_partial(*args, **kwargs)
-        call = Call(_usable_mask(bound.arguments.get("attention_mask", kwargs.get("attention_mask"))))
+        call = Call()
+        # Before anything that may raise, since `_leave` is called even then.
         self._running.append(call)
+        bound = self._signature.bind_partial(*args, **kwargs)
+        call.mask = _usable_mask(bound.arguments.get("attention_mask", kwargs.get("attention_mask")))
         self._live.add(call)
         # Reentrant checkpointing builds no graph for a layer of which no input requires grad, as the first one's
         # never does over a frozen base.
@@ -141,8 +151,10 @@ def _usable_mask(mask: Any) -> Tensor | None:
 
 
 def _fingerprint(h: Tensor) -> Tensor:
-    flat = h.detach().flatten()
-    return flat[:: max(1, flat.numel() // _FINGERPRINT)].float()
+    """One number a token, since two forwards in flight may differ in a single one: h [..., d] along a fixed direction
+    that nothing in a model singles out."""
+    direction = torch.arange(1, h.shape[-1] + 1, device=h.device, dtype=torch.float32).cos()
+    return h.detach().reshape(-1, h.shape[-1]).float() @ direction
 
 
 def _grad_node(output: Any) -> Any:

@@ -31,8 +31,8 @@ def initial_keys(gate_weight: Tensor, rows: int, method: str, seed: int) -> Tens
     repeated = torch.arange(rows) >= source.shape[0]
     repeated |= _equals_an_earlier_row(keys) & ~repeated
     scale = keys.square().mean(1, keepdim=True).sqrt()
-    # An all-zero row would stay zero under noise of its own size.
-    scale = torch.where(scale > 0, scale, source.square().mean().sqrt())
+    # An all-zero row would stay zero under noise of its own size, and so would an all-zero matrix.
+    scale = torch.where(scale > 0, scale, float(source.square().mean().sqrt()) or width**-0.5)
     return keys + torch.where(repeated[:, None], _NOISE * scale * noise, 0)
 
 

@@ -65,11 +65,13 @@ class SparseAdapter(nn.Module):
         gates = gate(logits.gather(1, experts), adapter.gate)
         if replayed:
             selection = replayed.selection
+            for table, version in zip((self.keys, self.values), replayed.versions, strict=True):
+                table.require_version(version)
             with torch.no_grad():
                 scores = score_picks(x, self.keys.gather(selection.active), selection)
         else:
             selection, scores = self._select(x, logits, experts, gates)
-            self._calls.record(self, h, tokens, selection)
+            self._calls.record(self, h, tokens, selection, (self.keys.version, self.values.version))
 
         y = ApplyRows.apply(x, gates, scores, selection, self.keys, self.values, self._tripwire, *self.anchors)
         y = y.to(h.dtype)

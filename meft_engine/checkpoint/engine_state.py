@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meft_engine.checkpoint import adapter_files, random_state
+from meft_engine.config import MeftConfigError
 
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
@@ -68,12 +69,14 @@ def find_checkpoint(load_dir: str, tag: str | None) -> Path:
     return folder
 
 
-def require_match(engine: MeftEngine, tag_folder: Path) -> None:
-    """Refuse a checkpoint of another model or adapter, before anything of the engine is changed.
+def require_match(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None:
+    """Refuse a checkpoint of another model or adapter, or without DeepSpeed's files, before anything is changed.
 
     Raises:
         MeftConfigError: naming what differs.
+        FileNotFoundError: naming the file that is missing.
     """
+    _require_deepspeed_files(engine, tag_folder, resume)
     folder = tag_folder / FOLDER
     adapter_files.require_fit(engine.meft_adapters, folder)
     with safe_open(folder / _OPTIMIZER_FILE, "pt") as file:
@@ -90,6 +93,21 @@ def load(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None:
             for name, value in _moments(engine).items():
                 value.copy_(file.get_tensor(name))
         random_state.restore(load_file(folder / _RANDOM_FILE))
+
+
+def _require_deepspeed_files(engine: MeftEngine, tag_folder: Path, resume: bool) -> None:
+    """DeepSpeed asserts without a word where its model states are missing, and has changed the model before it looks
+    for ZeRO's optimizer states."""
+    place, zero = (str(tag_folder.parent), tag_folder.name), engine.zero_optimization()
+    files = [engine._get_ckpt_name(*place)]
+    if resume and zero:
+        files.append(engine._get_zero_ckpt_name(*place))
+    adapter_files.require_files(tag_folder, *(Path(file).name for file in files))
+    if resume and not zero and any(tag_folder.glob("*zero_pp_rank_*_optim_states.pt")):
+        raise MeftConfigError(
+            f"{tag_folder} was saved under ZeRO, whose optimizer states zero_optimization.stage = 0 cannot read; "
+            "resume with the stage that it was saved with"
+        )
 
 
 def _moments(engine: MeftEngine) -> dict[str, Tensor]:

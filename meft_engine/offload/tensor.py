@@ -102,14 +102,23 @@ class PartiallyOffloadedTensor:
         Raises:
             StaleRowsError: if the rows have been updated since ``version``.
         """
-        if version is not None and version != self.version:
+        if version is not None:
+            self.require_version(version)
+        self._largest_gather = max(self._largest_gather, rows.numel())
+        found = self._compute.index_select(0, rows.to(self._compute.device))
+        return found.to(self.device).float()
+
+    def require_version(self, version: int) -> None:
+        """Check that the rows are those of ``version``.
+
+        Raises:
+            StaleRowsError: if they have been updated since.
+        """
+        if version != self.version:
             raise StaleRowsError(
                 f"{self.name} was updated between a forward and its backward (version {version}, now {self.version}); "
                 "run backward before step"
             )
-        self._largest_gather = max(self._largest_gather, rows.numel())
-        found = self._compute.index_select(0, rows.to(self._compute.device))
-        return found.to(self.device).float()
 
     def accumulate(self, rows: Tensor, grad: Tensor) -> None:
         """Add the gradient of some rows. Rows not named get none; the sum follows the order of the calls.

@@ -1,0 +1,41 @@
+# `make` sets up .venv, `make demo` fine-tunes a real model, `make test` runs the tests.
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints/cpu.txt
+EXTRAS      ?= launch,demo,test
+PYTEST_ARGS ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# DeepSpeed compiles ops at run time with the ninja that it finds on PATH.
+export PATH := $(abspath $(BIN)):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: venv demo test lint format clean
+
+venv: $(STAMP)
+
+# Written last, so that an interrupted installation is repeated.
+$(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python launch/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests -x -q -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

