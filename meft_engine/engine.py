@@ -188,6 +188,11 @@ def _require_support(config_class: Any, optimizer: Any) -> None:
             "fp16.enabled = true with ZeRO stage 0 is refused: DeepSpeed does not scale the loss there; use bf16, or "
             "zero_optimization.stage = 2"
         )
+    if config_class.torch_autocast_enabled and config_class.torch_autocast_dtype == torch.float16:
+        raise MeftConfigError(
+            'torch_autocast.dtype = "float16" is refused: DeepSpeed scales the loss there by a scaler of which the rows '
+            'would not know; use "bfloat16"'
+        )
     if stage and not config_class.zero_config.compute_grad_norm:
         raise MeftConfigError(
             "zero_optimization.compute_grad_norm = false is not supported with MEFT, whose rows and parameters share "
@@ -197,7 +202,7 @@ def _require_support(config_class: Any, optimizer: Any) -> None:
     if ranks > 1:
         raise MeftConfigError(f"{ranks} ranks are not supported with MEFT yet; launch with one process")
     if optimizer is None:
-        require_adam_name(config_class.optimizer_name)
+        require_adam_name(config_class.optimizer_name, config_class.optimizer_params)
     elif isinstance(optimizer, torch.optim.Optimizer):
         require_adam(optimizer)
 

@@ -81,11 +81,11 @@ def require_adam(optimizer: torch.optim.Optimizer) -> None:
                 raise MeftConfigError(f"optimizer option {option} = {group[option]} is not supported for rows")
 
 
-def require_adam_name(name: str | None) -> None:
-    """The same for the ``optimizer.type`` of a DeepSpeed JSON, before anything is allocated.
+def require_adam_name(name: str | None, settings: dict[str, Any] | None = None) -> None:
+    """The same for the ``optimizer`` of a DeepSpeed JSON (its ``type`` and ``params``), before anything is allocated.
 
     Raises:
-        MeftConfigError: if there is no optimizer, or one of another family.
+        MeftConfigError: if there is no optimizer, or one that the rows would not follow.
     """
     if name is None:
         raise MeftConfigError(
@@ -94,6 +94,12 @@ def require_adam_name(name: str | None) -> None:
     if name.lower() not in {"adam", "adamw"}:
         raise MeftConfigError(
             f'optimizer.type = "{name}" is not of Adam\'s family, so the rows could not follow it; use "AdamW"'
+        )
+    settings = settings or {}
+    if name.lower() == "adam" and not settings.get("adam_w_mode", True) and settings.get("weight_decay", 0):
+        raise MeftConfigError(
+            f"optimizer.params.adam_w_mode = false with weight_decay = {settings['weight_decay']} adds the decay to the "
+            'gradient, which rows updated only when touched cannot follow; use "AdamW"'
         )
 
 

@@ -1,0 +1,26 @@
+"""Settings shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# Set before anything asks the hub: the tests neither need nor wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Tensors here are tiny: on a busy machine, threads would wait for each other longer than they work.
+torch.set_num_threads(1)
+
+# The same examples in every run; on a busy machine an example may take any time.
+hypothesis.settings.register_profile("meft", derandomize=True, deadline=None, database=None, max_examples=100)
+hypothesis.settings.load_profile("meft")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same global random state, in whatever order the tests run."""
+    torch.manual_seed(0)

@@ -1,0 +1,214 @@
+"""`PartiallyOffloadedTensor`: what readers see, and what becomes of gradients."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import meft_engine
+from meft_engine.offload.tensor import PartiallyOffloadedTensor, StaleRowsError
+from meft_engine.optim.sparse_adam import SparseCPUAdam
+from meft_engine.planner import host_bytes_needed
+from tests.families import tiny_config
+
+ROWS, WIDTH = 37, 13
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def table(dtype: torch.dtype = torch.float32, resident: bool = False, **kwargs) -> PartiallyOffloadedTensor:
+    made = PartiallyOffloadedTensor(
+        "layer/keys", ROWS, WIDTH, device="cpu", compute_dtype=dtype, resident=resident, **kwargs
+    )
+    made.fill(torch.randn(ROWS, WIDTH))
+    return made
+
+
+def whole(*shape: int) -> Tensor:
+    return torch.randint(-9, 10, shape).float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("resident", [False, True])
+def test_gather_gives_rows_of_the_compute_copy_as_fp32(dtype, resident):
+    rows = torch.tensor([36, 0, 7, 7])
+    tensor = table(dtype, resident)
+    # torch's own rounding, which is to nearest even; halfway cases are there to be told from truncation.
+    tensor.master[7] = torch.tensor([1 + k * 2**-9 for k in range(WIDTH)])
+    tensor.publish(torch.tensor([7]))
+    found = tensor.gather(rows)
+    assert found.dtype == torch.float32 and torch.equal(found, tensor.master[rows].to(dtype).float())
+    assert torch.equal(found, tensor.master[rows]) == (dtype == torch.float32)
+    # What the caller does to the gathered rows stays with the caller.
+    found.zero_()
+    assert torch.equal(tensor.gather(rows), tensor.master[rows].to(dtype).float())
+    assert tensor.gather(rows[:0]).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fill_takes_any_float_and_refuses_another_shape(dtype):
+    tensor, source = table(dtype), torch.randn(ROWS, WIDTH, dtype=torch.float64)
+    version = tensor.version
+    tensor.fill(source)
+    assert torch.equal(tensor.master, source.float()) and tensor.version > version
+    assert torch.equal(tensor.gather(torch.arange(ROWS)), source.float().to(dtype).float())
+    for shape in ((ROWS, 1), (1, WIDTH), (WIDTH, ROWS)):
+        with pytest.raises(ValueError, match=rf"layer/keys holds \({ROWS}, {WIDTH}\), not \({shape[0]}, {shape[1]}\)"):
+            tensor.fill(torch.zeros(shape))
+
+
+def test_publish_shows_the_named_rows_and_no_others():
+    tensor = table(torch.bfloat16)
+    before = tensor.gather(torch.arange(ROWS))
+    tensor.master.mul_(3)
+    tensor.publish(torch.tensor([2, 31]))
+    after = tensor.gather(torch.arange(ROWS))
+    changed = (after != before).any(1).nonzero().flatten().tolist()
+    assert changed == [2, 31]
+    assert torch.equal(after[[2, 31]], tensor.master[[2, 31]].bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_an_update_replaced_are_refused(dtype):
+    """The version counts every publication; a reader that names the version it saw is told when it is gone."""
+    tensor, rows = table(dtype), torch.tensor([3])
+    seen = tensor.version
+    tensor.gather(rows, seen)
+    tensor.publish(rows)
+    assert tensor.version == seen + 1
+    with pytest.raises(StaleRowsError, match=rf"layer/keys .*version {seen}, now {seen + 1}.* backward before step"):
+        tensor.gather(rows, seen)
+    tensor.gather(rows, seen + 1)
+    tensor.gather(rows)
+
+
+def test_only_a_resident_tensor_has_a_whole_copy_on_the_device():
+    with pytest.raises(RuntimeError, match="layer/keys is not resident"):
+        table().compute_copy()
+    resident = table(torch.bfloat16, resident=True)
+    assert torch.equal(resident.compute_copy(), resident.master.bfloat16())
+
+
+@given(
+    calls=st.lists(st.sets(st.integers(0, ROWS - 1), max_size=9), max_size=7),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_accumulation_equals_a_dense_accumulator(calls, dtype):
+    """Whole numbers, which every dtype holds exactly: overlapping, equal, disjoint and empty sets of rows."""
+    tensor, dense = table(), torch.zeros(ROWS, WIDTH)
+    for call in calls:
+        rows, grad = torch.tensor(sorted(call), dtype=torch.int64), whole(len(call), WIDTH).to(dtype)
+        dense.index_add_(0, rows, grad.float())
+        tensor.accumulate(rows, grad)
+    touched = sorted(set().union(*calls))
+    gradient = tensor.gradient()
+    if not touched:
+        assert gradient is None
+    else:
+        assert gradient.rows.tolist() == touched and gradient.grad.dtype == torch.float32
+        assert torch.equal(gradient.grad, dense[touched])
+    tensor.clear_gradient()
+    assert tensor.gradient() is None
+
+
+@pytest.mark.parametrize("second", [[1, 5, 30], [0, 5, 36], [2]])
+def test_the_first_gradient_is_taken_over_and_later_ones_are_only_read(second):
+    """The row ids of a selection are shared with the autograd graph, so they stay as they are too."""
+    tensor, first = table(), torch.tensor([1, 5, 30])
+    grads = [whole(3, WIDTH), whole(len(second), WIDTH), whole(len(second), WIDTH)]
+    kept, later = [g.clone() for g in grads], torch.tensor(second)
+    tensor.accumulate(first, grads[0])
+    assert tensor.gradient().grad.data_ptr() == grads[0].data_ptr()
+    for grad in grads[1:]:
+        tensor.accumulate(later, grad)
+    assert torch.equal(grads[1], kept[1]) and torch.equal(grads[2], kept[2])
+    assert first.tolist() == [1, 5, 30] and later.tolist() == second
+    expected = torch.zeros(ROWS, WIDTH).index_add_(0, first, kept[0]).index_add_(0, later, kept[1] + kept[2])
+    assert torch.equal(tensor.gradient().grad, expected[tensor.gradient().rows])
+
+
+def test_inference_keeps_no_gradient():
+    tensor = table(trainable=False)
+    tensor.accumulate(torch.tensor([1]), torch.ones(1, WIDTH))
+    assert tensor.gradient() is None
+
+
+def test_a_module_does_not_see_it():
+    """Neither casts nor moves nor saves nor copies of the module reach the table."""
+    module = nn.Linear(2, 2)
+    module.table = table()
+    master = module.table.master
+    module.to(torch.bfloat16).to("meta")
+    assert module.table.master is master and master.dtype == torch.float32 and master.device.type == "cpu"
+    assert {name for name, _ in module.named_parameters()} == {"weight", "bias"} == set(module.state_dict())
+    assert not list(module.buffers())
+    with pytest.raises(RuntimeError, match="layer/keys cannot be deep-copied.* load the adapter"):
+        copy.deepcopy(module)
+
+
+@pytest.mark.parametrize("dtype, extra", [(torch.float32, 0), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("resident", [False, True])
+def test_bytes_are_those_allocated(dtype, extra, resident):
+    tensor = table(dtype, resident)
+    assert tensor.host_bytes() == ROWS * WIDTH * (4 + extra)
+    element = dtype.itemsize
+    assert tensor.device_bytes() == (ROWS * WIDTH * element if resident else 0)
+    for count in (5, 3):
+        tensor.gather(torch.arange(count))
+    assert tensor.device_bytes() == (ROWS if resident else 5) * WIDTH * element
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_plan_is_what_is_allocated(dtype, trainable):
+    """Two layers: masters, second copies and, where they train, moments and steps."""
+    config = tiny_config()
+    shape = (config.adapter.rows, WIDTH)
+    tables = [
+        PartiallyOffloadedTensor(str(i), *shape, device="cpu", compute_dtype=dtype, resident=i % 2 == 0)
+        for i in range(4)
+    ]
+    allocated = sum(t.host_bytes() for t in tables) + (SparseCPUAdam(tables).host_bytes() if trainable else 0)
+    assert host_bytes_needed(config, 2, WIDTH, compute_dtype=dtype, trainable=trainable) == allocated
+
+
+MEASURE = """
+import gc, psutil, torch
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
+torch.set_num_threads(1)
+
+def make(rows):
+    return PartiallyOffloadedTensor("t", rows, 1021, device="cpu", compute_dtype=torch.{dtype}, resident=False)
+
+make(5)  # loads what the first use loads
+gc.collect()
+before = psutil.Process().memory_info().rss
+table = make({rows})
+print(psutil.Process().memory_info().rss - before, table.host_bytes())
+"""
+
+
+@pytest.mark.parametrize("dtype, rows", [("float32", 65537), ("bfloat16", 43691)])
+def test_resident_memory_grows_by_the_bytes_reported(dtype, rows):
+    """256 MiB, in a process of its own: every page is there from the start, and nothing is rounded up."""
+    root = os.path.dirname(os.path.dirname(meft_engine.__file__))
+    path = os.pathsep.join([root, *sys.path])
+    code = MEASURE.format(dtype=dtype, rows=rows)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    grown, reported = map(int, done.stdout.split())
+    assert reported == rows * 1021 * {"float32": 4, "bfloat16": 6}[dtype] > 250 << 20
+    assert grown == pytest.approx(reported, rel=0.02)
