@@ -190,8 +190,8 @@ def _require_support(config_class: Any, optimizer: Any) -> None:
         )
     if config_class.torch_autocast_enabled and config_class.torch_autocast_dtype == torch.float16:
         raise MeftConfigError(
-            'torch_autocast.dtype = "float16" is refused: DeepSpeed scales the loss there by a scaler of which the rows '
-            'would not know; use "bfloat16"'
+            'torch_autocast.dtype = "float16" is refused: DeepSpeed scales the loss there by a scaler that the rows '
+            'would not know of; use "bfloat16"'
         )
     if stage and not config_class.zero_config.compute_grad_norm:
         raise MeftConfigError(

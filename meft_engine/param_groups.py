@@ -98,8 +98,8 @@ def require_adam_name(name: str | None, settings: dict[str, Any] | None = None) 
     settings = settings or {}
     if name.lower() == "adam" and not settings.get("adam_w_mode", True) and settings.get("weight_decay", 0):
         raise MeftConfigError(
-            f"optimizer.params.adam_w_mode = false with weight_decay = {settings['weight_decay']} adds the decay to the "
-            'gradient, which rows updated only when touched cannot follow; use "AdamW"'
+            f"optimizer.params.adam_w_mode = false with weight_decay = {settings['weight_decay']} adds the decay to "
+            'the gradient, which rows updated only when touched cannot follow; use "AdamW"'
         )
 
 

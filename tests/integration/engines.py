@@ -164,6 +164,4 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest absolute difference between equally named tensors."""
     assert one.keys() == other.keys() and one
-    return max(
-        float((one[name].detach().double() - other[name].detach().double()).abs().max()) for name in one
-    )
+    return max(float((one[name].detach().double() - other[name].detach().double()).abs().max()) for name in one)

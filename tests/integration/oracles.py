@@ -27,18 +27,14 @@ class DenseParallelAdapter(nn.Module):
 class ReferenceAdapter(nn.Module):
     """``FFN(h)`` plus the plain definition of the adapter, keys, values and router as ordinary parameters."""
 
-    def __init__(
-        self, ffn: nn.Module, keys: Tensor, values: Tensor, router: Tensor, shape: dict[str, Any]
-    ) -> None:
+    def __init__(self, ffn: nn.Module, keys: Tensor, values: Tensor, router: Tensor, shape: dict[str, Any]) -> None:
         super().__init__()
         self.ffn, self.shape = ffn, shape
         self.keys, self.values = nn.Parameter(keys.clone()), nn.Parameter(values.clone())
         self.router = nn.Parameter(router.clone())
 
     def forward(self, h: Tensor) -> Tensor:
-        y, _ = reference.adapter(
-            h.reshape(-1, h.shape[-1]), self.keys, self.values, self.router, **self.shape
-        )
+        y, _ = reference.adapter(h.reshape(-1, h.shape[-1]), self.keys, self.values, self.router, **self.shape)
         return self.ffn(h) + y.view(h.shape)
 
 
@@ -74,9 +70,7 @@ def _twin(model: nn.Module, engine: Any, make: Callable[[nn.Module, Any], nn.Mod
 
 def twin_parts(twin: nn.Module, kind: str) -> dict[str, nn.Parameter]:
     """The twin's parameters of a kind (``keys``, ``values``, ``router``), named as the engine names its own."""
-    found = {
-        name: getattr(m, kind) for name, m in twin.named_modules() if hasattr(m, "keys") and hasattr(m, "ffn")
-    }
+    found = {name: getattr(m, kind) for name, m in twin.named_modules() if hasattr(m, "keys") and hasattr(m, "ffn")}
     return found if kind == "router" else {f"{name}/{kind}": part for name, part in found.items()}
 
 
@@ -125,6 +119,4 @@ class LazyAdamW:
                 m = self.m[name][row] = beta1 * self.m[name][row] + (1 - beta1) * grad
                 v = self.v[name][row] = beta2 * self.v[name][row] + (1 - beta2) * grad**2
                 w = w - lr * own["weight_decay"] * w
-                self.weights[name][row] = w - lr * (m / (1 - beta1**t)) / (
-                    (v / (1 - beta2**t)).sqrt() + own["eps"]
-                )
+                self.weights[name][row] = w - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + own["eps"])

@@ -1,4 +1,4 @@
-"""Accumulated micro-steps equal one large batch of a dense model, the norm is joint and clips both kinds of parameters."""
+"""Accumulated micro-steps equal one large batch of a dense model; one joint norm clips both kinds of parameters."""
 
 from __future__ import annotations
 

@@ -81,9 +81,7 @@ def test_engine_equals_torch_adamw_on_a_dense_adapter(stage, batches, dense_run)
         touched = row_gradients(engine)
         assert touched.keys() == start.keys()
         for name, (rows, _) in touched.items():
-            assert torch.equal(rows, every_row), (
-                f"step {step} leaves rows of {name} untouched: choose other batches"
-            )
+            assert torch.equal(rows, every_row), f"step {step} leaves rows of {name} untouched: choose other batches"
         engine.step()
         losses.append(loss.item())
         norms.append(engine.get_global_grad_norm())
@@ -117,18 +115,14 @@ def test_sparse_touching_equals_a_float64_oracle(stage, lr_scale):
         2.1,
         tiny_block({"gate": "softmax", "top_k": 2}, optimizer={"lr_scale": lr_scale}),
     )
-    engine = build_engine(
-        tiny_llama(), block, stage=stage, clip=max_norm, adam=ADAM, lr_scheduler=make_schedule
-    )
+    engine = build_engine(tiny_llama(), block, stage=stage, clip=max_norm, adam=ADAM, lr_scheduler=make_schedule)
     start = masters(engine)
     oracle = LazyAdamW(start)
     partly_touched, clipped = 0, 0
     for step in range(steps):
         engine.backward(lm_loss(engine, batch(step, size=1, length=5)))
         touched = row_gradients(engine)
-        partly_touched += all(
-            0 < len(rows) < table.rows / 2 for (rows, _), table in zip_with(touched, engine)
-        )
+        partly_touched += all(0 < len(rows) < table.rows / 2 for (rows, _), table in zip_with(touched, engine))
         norm = global_norm([*(grad for _, grad in touched.values()), *router_gradients(engine).values()])
         factor = clip_factor(norm, max_norm)
         clipped += factor < 1
@@ -142,9 +136,7 @@ def test_sparse_touching_equals_a_float64_oracle(stage, lr_scale):
     for name, table in tables(engine).items():
         counted = engine.row_optimizer.state[table.master]["step"]
         assert counted.tolist() == oracle.steps[name]
-        assert len(set(counted.tolist())) > 2, (
-            f"the rows of {name} must differ in age for this to test anything"
-        )
+        assert len(set(counted.tolist())) > 2, f"the rows of {name} must differ in age for this to test anything"
         assert torch.equal(table.master[counted == 0], start[name][counted == 0])
 
 

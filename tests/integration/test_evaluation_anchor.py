@@ -54,9 +54,7 @@ def test_evaluation_changes_nothing(stage, bf16, no_grad):
         one.backward(lm_loss(one, batch(6)))
         one.step()
     assert differing(full_state(engine), full_state(control)) == []
-    assert engine.meft_report() | {"host_bytes_measured": 0} == control.meft_report() | {
-        "host_bytes_measured": 0
-    }
+    assert engine.meft_report() | {"host_bytes_measured": 0} == control.meft_report() | {"host_bytes_measured": 0}
 
 
 def stats_of(engine) -> list[tuple]:
@@ -73,9 +71,7 @@ def test_the_cap_never_binds_in_evaluation():
     ids = batch(1)
     with torch.no_grad():
         in_training = capped(input_ids=ids).logits, free(input_ids=ids).logits
-        assert capped.meft_report()["kept_mass"] < 0.9, (
-            "the cap must bind in training for this to test anything"
-        )
+        assert capped.meft_report()["kept_mass"] < 0.9, "the cap must bind in training for this to test anything"
         for engine in (capped, free):
             engine.eval()
         in_evaluation = capped(input_ids=ids).logits, free(input_ids=ids).logits
@@ -96,9 +92,7 @@ def test_gate_none_trains_rows_alone(stage, bf16, layers):
         engine.backward(losses[-1])
         gradients = [grad for _, grad in row_gradients(engine).values()]
         engine.step()
-        norms.append(
-            (engine.get_global_grad_norm(), sum(float(g.double().square().sum()) for g in gradients) ** 0.5)
-        )
+        norms.append((engine.get_global_grad_norm(), sum(float(g.double().square().sum()) for g in gradients) ** 0.5))
     assert losses[-1] < losses[0] - 0.1
     for reported, of_rows in norms:
         assert reported == pytest.approx(of_rows, rel=1e-5), "the anchor must add nothing to the norm"
@@ -116,9 +110,7 @@ def test_gate_none_trains_rows_alone(stage, bf16, layers):
 def test_gate_none_is_the_same_in_stages_0_and_2():
     runs = []
     for stage in (0, 2):
-        engine = build_engine(
-            tiny_llama(), tiny_block({"gate": "none"}), stage=stage, adam=ADAM, clip=0.5, bf16=True
-        )
+        engine = build_engine(tiny_llama(), tiny_block({"gate": "none"}), stage=stage, adam=ADAM, clip=0.5, bf16=True)
         for step in range(5):
             train_step(engine, [batch(step % 2)])
         runs.append(masters(engine))

@@ -71,7 +71,7 @@ def layer_of(name: str) -> int:
     return int(name.split(".")[2])
 
 
-# --- schedulers ---------------------------------------------------------------------------------------------------
+# --- schedulers
 
 WARM_UP = {"warmup_min_lr": 1e-4, "warmup_max_lr": 2e-2, "warmup_num_steps": 4, "warmup_type": "linear"}
 SCHEDULES = {
@@ -118,7 +118,7 @@ def test_a_rate_set_by_hand_reaches_the_rows():
     assert largest_difference(before, masters(engine)) == 0
 
 
-# --- parameter groups ---------------------------------------------------------------------------------------------
+# --- parameter groups
 
 
 def no_decay(name: str) -> bool:
@@ -195,9 +195,7 @@ def test_routers_train_in_the_group_of_their_ffn(stage):
         moved = (router.detach() - before[name])[gradients[name].abs() > 1e-5]
         assert moved.numel() > 20
         # Adam's first step moves a weight by lr, whatever its gradient.
-        torch.testing.assert_close(
-            moved.abs(), torch.full_like(moved, 10.0 ** -(2 + index)), rtol=0.01, atol=0
-        )
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 10.0 ** -(2 + index)), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

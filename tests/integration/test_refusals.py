@@ -63,7 +63,7 @@ def test_what_is_recorded_is_what_is_allocated(allocated):
     assert len(allocated) == 6 and allocated[0] == "model.layers.0.mlp/keys"
 
 
-# --- DeepSpeed's settings -----------------------------------------------------------------------------------------
+# --- DeepSpeed's settings
 
 
 def test_fp16_without_zero(allocated):
@@ -93,14 +93,12 @@ def test_autocast_that_scales_the_loss_out_of_sight(autocast, allocated):
 
 
 def test_more_than_one_rank(allocated, monkeypatch):
-    meft_engine.initialize(
-        model=tiny_llama(), config=ds_config({"enabled": False})
-    )  # joins the process group
+    meft_engine.initialize(model=tiny_llama(), config=ds_config({"enabled": False}))  # joins the process group
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args, **kwargs: 2)
     refuse(allocated, "2 ranks are not supported with MEFT yet", "launch with one process")
 
 
-# --- optimizers ---------------------------------------------------------------------------------------------------
+# --- optimizers
 
 
 @pytest.mark.parametrize(
@@ -181,7 +179,7 @@ def test_an_optimizer_made_by_a_callable_is_refused_too():
         )
 
 
-# --- the block and the model --------------------------------------------------------------------------------------
+# --- the block and the model
 
 
 @pytest.mark.parametrize("key", ["MEFT", "meft_config", "mefft", "Meft"])
@@ -212,9 +210,7 @@ def test_a_layer_that_is_not_there(allocated):
 def test_too_little_host_memory(allocated):
     """Both numbers are named, before any of it is taken."""
     block = tiny_block({"rows": 2**30, "num_experts": 2**15})
-    refuse(
-        allocated, f"adapter.rows = {2**30} in 3 layers needs", "GiB are available", config=ds_config(block)
-    )
+    refuse(allocated, f"adapter.rows = {2**30} in 3 layers needs", "GiB are available", config=ds_config(block))
 
 
 def test_a_model_that_has_adapters_already(allocated):

@@ -92,11 +92,7 @@ def test_resuming_is_exact(stage, bf16, client_schedule, tmp_path):
     assert differing(full_state(second), full_state(through)) == []
     assert second.lr_scheduler.state_dict() == through.lr_scheduler.state_dict()
     drawn = torch.rand(3), np.random.rand(3), random.random()
-    assert (
-        torch.equal(drawn[0], drawn_after[0])
-        and (drawn[1] == drawn_after[1]).all()
-        and drawn[2] == drawn_after[2]
-    )
+    assert torch.equal(drawn[0], drawn_after[0]) and (drawn[1] == drawn_after[1]).all() and drawn[2] == drawn_after[2]
     moved = [name for name in at_save if not torch.equal(at_save[name], full_state(through)[name])]
     assert len(moved) > len(at_save) / 2, "the second half must train, or equality would say nothing"
 

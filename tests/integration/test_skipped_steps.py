@@ -1,4 +1,4 @@
-"""A norm that is not finite changes nothing: no row, no router, no moment, no schedule; and the next step is as ever."""
+"""A norm that is not finite changes nothing (rows, routers, moments, schedule), and the next step is as ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripts that know nothing of MEFT train through it after `enable()`, and are plain DeepSpeed without a block."""
+"""Scripts that know nothing of MEFT train through it after `enable()`; without a block they are plain DeepSpeed."""
 
 from __future__ import annotations
 
@@ -70,16 +70,13 @@ JOBS: dict[str, tuple[str, bool, dict[str, Any], dict[str, str]]] = {
     "trainer, block disabled": ("plain_trainer", True, {**TRAINER, "meft": {**BLOCK, "enabled": False}}, {}),
     "trainer, no meft_engine": ("plain_trainer", False, TRAINER, {}),
 }
-# Two waves of processes; a resumed run starts from what an earlier process has saved.
+# Two waves of processes, since a resumed run starts from what another process has saved.
 WAVES = [
     {
-        "launched": ["loop", "trainer, AdamW in JSON"],
-        "enabled": ["trainer", "loop, block disabled", "loop, no block", "trainer, block disabled"],
-    },
-    {
+        "enabled": ["trainer", "trainer, stage 0", "trainer, block disabled", "loop, block disabled", "loop, no block"],
         "without": ["loop, no meft_engine", "trainer, no meft_engine"],
-        "resuming": ["trainer, resumed", "trainer, stage 0"],
     },
+    {"launched": ["loop", "trainer, resumed", "trainer, AdamW in JSON"]},
 ]
 
 
@@ -112,7 +109,7 @@ def start(folder: Path, process: str, names: list[str]) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where every job has run; two processes at a time."""
+    """Where every job has run."""
     place = tmp_path_factory.mktemp("scripts")
     for wave in WAVES:
         running = {process: start(place, process, names) for process, names in wave.items()}
@@ -147,7 +144,7 @@ def test_an_unmodified_script_trains_rows_and_routers_alone(name, folder):
     rows = saved_rows(folder, name)
     for layer in range(2):
         assert rows[f"model.layers.{layer}.mlp.values"].any(1).sum() > 24
-    # The base's own names and values are untouched: both scripts start from the same seed, and plain DeepSpeed moved.
+    # The base is untouched: both scripts start from one seed, and plain DeepSpeed has moved it.
     base = {key: value for key, value in done["parameters"].items() if "meft_adapter" not in key}
     assert base.keys() == untrained["parameters"].keys()
     start = first_parameters(base)
@@ -197,9 +194,7 @@ def test_the_trainer_resumes_from_its_checkpoint_exactly(folder):
 
 def test_the_trainers_own_adamw_and_one_in_the_json_agree(folder):
     assert losses(folder, "trainer, AdamW in JSON") == pytest.approx(losses(folder, "trainer"), abs=1e-4)
-    assert (
-        largest_difference(saved_rows(folder, "trainer"), saved_rows(folder, "trainer, AdamW in JSON")) < 1e-4
-    )
+    assert largest_difference(saved_rows(folder, "trainer"), saved_rows(folder, "trainer, AdamW in JSON")) < 1e-4
 
 
 def test_the_trainer_reports_the_joint_norm(folder):
@@ -212,7 +207,7 @@ def test_the_trainer_reports_the_joint_norm(folder):
     assert own == pytest.approx(stage_0, abs=1e-4)
 
 
-# --- in this process ----------------------------------------------------------------------------------------------
+# --- in this process
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,15 @@ def test_reference_gradients_are_those_of_its_output(gate, cap):
     assert torch.autograd.gradcheck(output, inputs)
 
 
+def test_reference_ranks_ties_by_the_lowest_index_in_long_rows():
+    """Long enough for a sort that is not stable to show it."""
+    scores = integers(torch.Generator().manual_seed(2), 5, 211, spread=2)
+    scores[2, ::3] = math.nan
+    for row, found in zip(scores.tolist(), reference.largest(scores, 150).tolist(), strict=True):
+        ranked = sorted((i for i in range(211) if not math.isnan(row[i])), key=lambda i: (-row[i], i))[:150]
+        assert found[: len(ranked)] == ranked
+
+
 def test_reference_keeps_float64_and_widens_bf16():
     generator = torch.Generator().manual_seed(5)
     for dtype, wide in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
