@@ -118,8 +118,10 @@ class CallTracker:
         # never does over a frozen base.
         embeds = bound.arguments.get("inputs_embeds")
         if stack.training and torch.is_grad_enabled() and embeds is not None and not embeds.requires_grad:
-            bound.arguments["inputs_embeds"] = embeds.detach().requires_grad_()
-            return bound.args, bound.kwargs
+            tracked = embeds.detach().requires_grad_()
+            # In its place among arguments that stay as they were passed: wrappers of `forward` look for theirs by name.
+            args = tuple(tracked if value is embeds else value for value in args)
+            return args, {name: tracked if value is embeds else value for name, value in kwargs.items()}
         return None
 
     def _leave(self, stack: nn.Module, args: tuple, output: Any) -> None:

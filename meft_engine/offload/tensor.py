@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from meft_engine.offload.memory import host_zeros
+
 
 class StaleRowsError(RuntimeError):
     """Rows were read that an update has replaced since they were first read."""
@@ -56,13 +58,15 @@ class PartiallyOffloadedTensor:
         self.resident = resident
         self.trainable = trainable
         self.version = 0
-        # Filled, not calloc'ed: every page is really there from now on, so memory cannot run out in mid-training.
-        self.master = torch.empty(rows, width, dtype=torch.float32, device="cpu").fill_(0)
+        self.master = host_zeros((rows, width), torch.float32)
         home = self.device if resident else torch.device("cpu")
         self._aliased = compute_dtype == torch.float32 and home.type == "cpu"
-        self._compute = self.master
-        if not self._aliased:
-            self._compute = torch.empty(rows, width, dtype=compute_dtype, device=home).fill_(0)
+        if self._aliased:
+            self._compute = self.master
+        elif home.type == "cpu":
+            self._compute = host_zeros((rows, width), compute_dtype)
+        else:
+            self._compute = torch.zeros(rows, width, dtype=compute_dtype, device=home)
         self._pending: RowGradient | None = None
         self._largest_gather = 0
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meft_engine.offload.memory import host_zeros
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 
 # Rows are updated in blocks of about this many elements, so that a block's temporaries stay in the cache.
@@ -51,10 +52,9 @@ class SparseCPUAdam(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for table in self.tables():
             self.state[table.master] = {
-                "step": torch.zeros(table.rows, dtype=torch.int32),
-                # Filled, not calloc'ed, for the reason that PartiallyOffloadedTensor gives.
-                "exp_avg": torch.empty_like(table.master).fill_(0),
-                "exp_avg_sq": torch.empty_like(table.master).fill_(0),
+                "step": host_zeros((table.rows,), torch.int32),
+                "exp_avg": host_zeros(table.master.shape, torch.float32),
+                "exp_avg_sq": host_zeros(table.master.shape, torch.float32),
             }
 
     def tables(self) -> list[PartiallyOffloadedTensor]:

@@ -22,12 +22,14 @@ STEPS, GAS = 5, 2
 ADAM = {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1}
 
 
-def make_engine(stage: int, gate: str, use_reentrant: bool | None, dropout: float = 0.0):
+def make_engine(stage: int, gate: str, use_reentrant: bool | None, dropout: float = 0.0, rows: int = 35):
     model = tiny_llama(attention_dropout=dropout)
     if use_reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         assert model.is_gradient_checkpointing
-    engine = build_engine(model, tiny_block({"gate": gate}), stage=stage, gas=GAS, clip=0.5, adam=ADAM)
+        # transformers 5 lets embeddings require grad here, earlier ones do not; it is for the adapters to see to.
+        model.disable_input_require_grads()
+    engine = build_engine(model, tiny_block({"gate": gate, "rows": rows}), stage=stage, gas=GAS, clip=0.5, adam=ADAM)
     fill_values(engine.meft_adapters)
     return engine
 
@@ -44,7 +46,7 @@ def run(engine) -> dict:
         "rows": masters(engine),
         "routers": {name: router.detach().clone() for name, router in routers(engine).items()},
         "steps": {n: engine.row_optimizer.state[t.master]["step"].clone() for n, t in tables(engine).items()},
-        "report": {key: engine.meft_report()[key] for key in ("touched_share", "kept_mass")},
+        "counted": [(a.stats.micro_batches, a.stats.active_rows) for a in engine.meft_adapters.adapters.values()],
     }
 
 
@@ -66,7 +68,7 @@ def test_checkpointed_training_equals_plain_training(use_reentrant, stage, gate,
     for kind in ("rows", "routers", "steps"):
         assert largest_difference(checkpointed[kind], plain[kind]) < 1e-5
     # Recomputations are not counted again.
-    assert checkpointed["report"] == pytest.approx(plain["report"])
+    assert checkpointed["counted"] == plain["counted"]
 
 
 @pytest.mark.parametrize("gate", ["softmax", "none"])
@@ -81,6 +83,34 @@ def test_rows_of_the_first_layer_get_gradient(use_reentrant, stage, gate):
         rows, grad = gradients[f"model.layers.0.mlp/{kind}"]
         # All but rows that only a last token picked, of which no loss is asked.
         assert rows.numel() > 3 and (grad.abs().amax(1) > 1e-5).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_the_selection_is_replayed_though_rounding_has_moved_the_input(use_reentrant):
+    """Here by far more than rounding would: a hook moves the FFN's input by 1 %, in the recomputation alone."""
+    ids, selections, moved = batch(1, size=1, length=10), {}, []
+
+    def move(ffn: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        if not moving(ffn):
+            return None
+        moved.append(ffn)
+        noise = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
+        # Adding a constant saves no tensor, so that both passes still save the same ones.
+        return (args[0] + 0.01 * args[0].detach().norm() / noise.norm() * noise,)
+
+    for name, moving in (
+        ("as it is", lambda ffn: False),
+        ("moved always", lambda ffn: True),
+        ("moved in the recomputation", lambda ffn: torch._C._current_graph_task_id() != -1),
+    ):
+        engine = make_engine(0, "softmax", use_reentrant, rows=300)
+        for ffn in engine.meft_adapters.ffns.values():
+            ffn.module.register_forward_pre_hook(move)
+        engine.backward(lm_loss(engine, ids))
+        selections[name] = {n: rows.tolist() for n, (rows, _) in row_gradients(engine).items()}
+        assert bool(moved) == (name != "as it is")
+    assert selections["moved always"] != selections["as it is"], "the hook must be able to change a choice"
+    assert selections["moved in the recomputation"] == selections["as it is"]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -51,6 +51,7 @@ def test_step_0_is_the_base_bit_for_bit(dtype, gate):
     base = model(ids).logits
     attached = attached_to(model, {"gate": gate}, compute_dtype=dtype)
     assert torch.equal(model(ids).logits, base)
+    assert all(a.router.dtype == dtype for a in attached.adapters.values())
     # It is not for want of activations.
     assert all(a.stats.active_rows > 0 for a in attached.adapters.values())
     fill_values(attached)
@@ -85,6 +86,7 @@ def test_which_ffns_are_adapted(adapter, expected):
         ({"layers_to_transform": "2-4"}, "names layer 4, but the model's layers are 0 to 2$"),
         ({"target_modules": ["ffn"]}, r"target_modules = \['ffn'\] matches none .* like \"model.layers.0.mlp\"$"),
         ({"target_modules": ["mlp.gate_proj"]}, r"target_modules = \['mlp.gate_proj'\] matches none"),
+        ({"target_modules": ["layers.1"]}, r"target_modules = \['layers.1'\] matches none"),
         ({"target_modules": []}, r"target_modules = \[\] matches none"),
         ({"target_modules": ["0.mlp"], "layers_to_transform": [2]}, r"= \[2\] and .*\['0.mlp'\] have no FFN in common"),
         (

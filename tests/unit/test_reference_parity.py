@@ -300,6 +300,19 @@ def test_no_positive_score_leaves_the_output_and_the_rows_alone(kind):
     assert_adapter_equals_reference(case, exact=True)
 
 
+def test_rows_get_their_gradient_where_nothing_else_requires_one():
+    """As in a first layer over a frozen base, with routers that do not train."""
+    case = Case(whole(1, 2, 7, 5), whole(2, 2, 12, 5), whole(3, 2, 12, 5), whole(4, 2, 3, 5), n=2, k=4, gate="none")
+    stack, with_grad = build(case), build(case)
+    for one, h in ((stack, case.h[None]), (with_grad, case.h[None].clone().requires_grad_())):
+        # Past the stack, which would let its input require grad.
+        one.adapter(h).sum().backward()
+    for kind in ("keys", "values"):
+        found, expected = (getattr(one.adapter, kind).gradient() for one in (stack, with_grad))
+        assert torch.equal(found.rows, expected.rows) and torch.equal(found.grad, expected.grad)
+        assert found.grad.any()
+
+
 @pytest.mark.parametrize("kind", ["none", "sigmoid"])
 def test_every_row_active(kind):
     """One expert, K = r, scores all positive: the adapter is a dense parallel FFN with ReLU."""
