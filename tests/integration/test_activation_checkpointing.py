@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -85,27 +87,32 @@ def test_rows_of_the_first_layer_get_gradient(use_reentrant, stage, gate):
         assert rows.numel() > 3 and (grad.abs().amax(1) > 1e-5).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_the_selection_is_replayed_though_rounding_has_moved_the_input(use_reentrant):
-    """Here by far more than rounding would: a hook moves the FFN's input by 1 %, in the recomputation alone."""
-    ids, selections, moved = batch(1, size=1, length=10), {}, []
+def mover(moves: Callable[[], bool], moved: list[torch.nn.Module]) -> Callable:
+    """A hook that adds noise to an FFN's input when ``moves()``, and notes that it has."""
 
-    def move(ffn: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-        if not moving(ffn):
+    def hook(ffn: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        if not moves():
             return None
         moved.append(ffn)
         noise = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
         # Adding a constant saves no tensor, so that both passes still save the same ones.
         return (args[0] + 0.01 * args[0].detach().norm() / noise.norm() * noise,)
 
-    for name, moving in (
-        ("as it is", lambda ffn: False),
-        ("moved always", lambda ffn: True),
-        ("moved in the recomputation", lambda ffn: torch._C._current_graph_task_id() != -1),
+    return hook
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_the_selection_is_replayed_though_rounding_has_moved_the_input(use_reentrant):
+    """Here by far more than rounding would: a hook moves the FFN's input by 1 %, in the recomputation alone."""
+    ids, selections = batch(1, size=1, length=10), {}
+    for name, moves in (
+        ("as it is", lambda: False),
+        ("moved always", lambda: True),
+        ("moved in the recomputation", lambda: torch._C._current_graph_task_id() != -1),
     ):
-        engine = make_engine(0, "softmax", use_reentrant, rows=300)
+        engine, moved = make_engine(0, "softmax", use_reentrant, rows=300), []
         for ffn in engine.meft_adapters.ffns.values():
-            ffn.module.register_forward_pre_hook(move)
+            ffn.module.register_forward_pre_hook(mover(moves, moved))
         engine.backward(lm_loss(engine, ids))
         selections[name] = {n: rows.tolist() for n, (rows, _) in row_gradients(engine).items()}
         assert bool(moved) == (name != "as it is")
