@@ -100,7 +100,7 @@ def loaded(engines, tmp_path_factory) -> dict[str, Any]:
         str(folder / "jobs.json"),
         str(folder / "results.pt"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "results.pt", weights_only=True)
 

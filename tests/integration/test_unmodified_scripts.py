@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +106,10 @@ def start(folder: Path, process: str, names: list[str]) -> subprocess.Popen:
             environment.pop(name, None)
     log = (folder / f"{process}.log").open("w")
     command += [str(SCRIPTS / "run_several.py"), str(job_file)]
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    # In a process group of its own, so that the launcher's children can be ended with it.
+    return subprocess.Popen(
+        command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,8 @@ def folder(tmp_path_factory) -> Path:
                 assert code == 0, f"{process}: {(place / f'{process}.log').read_text()[-4000:]}"
         finally:
             for child in running.values():
-                child.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
     return place
 
 
