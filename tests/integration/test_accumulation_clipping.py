@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from tests.families import fill_values, tiny_llama
+from tests.families import fill_values, tiny_block, tiny_llama
 from tests.integration.engines import (
     batch,
     build_engine,
@@ -196,6 +196,27 @@ def test_micro_steps_that_touch_other_rows_all_count(stage):
         steps = engine.row_optimizer.state[table.master]["step"]
         assert set(steps.nonzero().flatten().tolist()) == seen[2][name]
         assert table.gradient() is None
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_touches_no_row(side):
+    """A padded batch touches the rows that its texts touch one by one, so that no row ages or decays by padding."""
+    block = tiny_block({"rows": 500})
+    texts = [batch(400, size=1, length=3), batch(401, size=1, length=8)]
+    padded, alone = build_engine(tiny_llama(), block), build_engine(tiny_llama(), block, gas=2)
+    missing = texts[1].shape[1] - texts[0].shape[1]
+    fill = (missing, 0) if side == "left" else (0, missing)
+    ids = torch.cat((F.pad(texts[0], fill), texts[1]))
+    mask = torch.cat((F.pad(torch.ones_like(texts[0]), fill), torch.ones_like(texts[1])))
+    labels = ids.masked_fill(mask == 0, -100)
+    padded.backward(padded(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss)
+    for text in texts:
+        alone.backward(lm_loss(alone, text))
+    touched, expected = row_gradients(padded), row_gradients(alone)
+    assert touched.keys() == expected.keys() == tables(padded).keys()
+    for name, (rows, _) in touched.items():
+        assert rows.tolist() == expected[name][0].tolist()
+        assert rows.numel() < 50, "few enough for padding to stand out"
 
 
 def test_one_boundary_set_by_hand_ends_the_window():

@@ -76,10 +76,12 @@ def test_checkpointed_training_equals_plain_training(use_reentrant, stage, gate,
 @pytest.mark.parametrize("gate", ["softmax", "none"])
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_rows_of_the_first_layer_get_gradient(use_reentrant, stage, gate):
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_rows_of_the_first_layer_get_gradient(given, use_reentrant, stage, gate):
     """Over a frozen base no input of the first layer requires grad, where reentrant checkpointing builds no graph."""
-    engine = make_engine(stage, gate, use_reentrant)
-    engine.backward(lm_loss(engine, batch(1)))
+    engine, ids = make_engine(stage, gate, use_reentrant), batch(1)
+    inputs = ids if given == "input_ids" else engine.module.get_input_embeddings().weight[ids].detach()
+    engine.backward(engine(**{given: inputs}, labels=ids, use_cache=False).loss)
     gradients = row_gradients(engine)
     for kind in ("keys", "values"):
         rows, grad = gradients[f"model.layers.0.mlp/{kind}"]
