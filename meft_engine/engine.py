@@ -16,7 +16,14 @@ from meft_engine.checkpoint import adapter_files, engine_state
 from meft_engine.config import MeftConfig, MeftConfigError, find_block
 from meft_engine.joint_norm import PlainJointNorm, install_joint_norm
 from meft_engine.optim.sparse_adam import SparseCPUAdam
-from meft_engine.param_groups import as_groups, freeze_base, rebuild_groups, require_adam, require_adam_name
+from meft_engine.param_groups import (
+    as_groups,
+    freeze_base,
+    rebuild_groups,
+    require_adam,
+    require_adam_name,
+    undo_construction_step,
+)
 from meft_engine.report import describe, make_report
 from meft_engine.row_step import RowStep
 
@@ -65,6 +72,7 @@ class MeftEngine(DeepSpeedEngine):
         super().__init__(args, model, optimizer, model_parameters, config=config, config_class=config_class, **kwargs)
 
         require_adam(self.basic_optimizer)
+        undo_construction_step(self.optimizer)
         self.meft_config = block
         self.meft_adapters = attached
         with attached.measured():
