@@ -96,7 +96,9 @@ class MeftEngine(DeepSpeedEngine):
             self._joint_norm.clip()
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
-        self._row_step.begin(self.basic_optimizer.param_groups, getattr(self.optimizer, "loss_scale", 1.0))
+        # A bare optimizer has no such attribute, and DeepSpeed's fused one for bf16 has None.
+        loss_scale = getattr(self.optimizer, "loss_scale", None) or 1.0
+        self._row_step.begin(self.basic_optimizer.param_groups, loss_scale)
         super()._take_model_step(lr_kwargs)
         self._global_grad_norm = self._row_step.finish(applied=self._step_applied)
         self._window_micro_steps = 0

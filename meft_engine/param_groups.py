@@ -104,19 +104,24 @@ def require_adam_name(name: str | None, settings: dict[str, Any] | None = None) 
 
 
 def undo_construction_step(optimizer: object) -> None:
-    """Undo the Adam step with zero gradients that DeepSpeed's unfused 16-bit optimizer takes when it is built.
+    """Undo the Adam step with zero gradients that DeepSpeed's 16-bit optimizers of stage 0 take when they are built.
 
     It decays the fp32 routers and advances their step count, which no other stage does, so that stages would differ.
     Other optimizers are left alone.
     """
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+    if isinstance(optimizer, FP16_Optimizer):
+        pairs = list(zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True))
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        pairs = [pair for halves, masters in groups for pair in zip(halves, masters, strict=True)]
+    else:
         return
-    for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        for half, master in zip(halves, masters, strict=True):
-            master.data.copy_(half.data)
-            optimizer.optimizer.state.pop(master, None)
+    for half, master in pairs:
+        master.data.copy_(half.data)
+        optimizer.optimizer.state.pop(master, None)
 
 
 def _new_anchor(anchors: nn.ParameterList) -> nn.Parameter:

@@ -168,6 +168,18 @@ def test_deepspeeds_own_cpu_adam_agrees():
     assert largest_difference(runs[0][2], runs[1][2]) < 1e-4
 
 
+@pytest.mark.slow
+def test_stage_0_with_deepspeeds_fused_adam_agrees_in_bf16():
+    """`slow`, since DeepSpeed compiles its fused Adam on first use."""
+    fused = build_engine(tiny_llama(), adam={**ADAM, "torch_adam": False}, bf16=True, clip=0.5)
+    fill_values(fused.meft_adapters)
+    assert type(fused.optimizer).__name__ == "FP16_Optimizer"
+    runs = five_steps(fused, 1), five_steps(engine_with_values(stage=2, bf16=True, clip=0.5), 1)
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=1e-4)
+    assert runs[0][1] == pytest.approx(runs[1][1], abs=1e-4)
+    assert largest_difference(runs[0][2], runs[1][2]) < 1e-4
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_micro_steps_that_touch_other_rows_all_count(stage):
     """The micro-batches share few rows, so that a sum which kept only the first or the last would lose whole rows."""
