@@ -107,7 +107,6 @@ def attach(
         attached.base_samples[ffn.name] = base_sample(gate_weight)
     if trainable:
         _let_embeddings_require_grad(model)
-    model.__dict__["meft"] = attached
     return attached
 
 

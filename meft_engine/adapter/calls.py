@@ -48,15 +48,8 @@ class CallTracker:
         self._running: list[Call] = []
         self._live: weakref.WeakSet[Call] = weakref.WeakSet()
         self._signature = inspect.signature(stack.forward)
-        self._handles = (
-            stack.register_forward_pre_hook(self._enter, with_kwargs=True),
-            stack.register_forward_hook(self._leave, always_call=True),
-        )
-
-    def remove(self) -> None:
-        """Take the hooks off the stack."""
-        for handle in self._handles:
-            handle.remove()
+        stack.register_forward_pre_hook(self._enter, with_kwargs=True)
+        stack.register_forward_hook(self._leave, always_call=True)
 
     def real_tokens(self, shape: torch.Size) -> Tensor | None:
         """[T] positions of the real tokens of hidden states of ``shape`` [batch, seq, d]; ``None``: all are real.

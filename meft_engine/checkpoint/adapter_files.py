@@ -82,8 +82,18 @@ def require_files(folder: Path, *names: str) -> None:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What ``adapter_config.json`` says."""
-    return json.loads((folder / CONFIG_FILE).read_text())
+    """What ``adapter_config.json`` says.
+
+    Raises:
+        MeftConfigError: if it is of a format that this version does not read.
+    """
+    description = json.loads((folder / CONFIG_FILE).read_text())
+    if description.get("format") != _FORMAT:
+        raise MeftConfigError(
+            f"{folder / CONFIG_FILE} has format = {description.get('format')!r}, and this version reads {_FORMAT}; "
+            "load it with the version of meft_engine that wrote it"
+        )
+    return description
 
 
 def require_fit(attached: AttachedAdapters, folder: Path) -> None:

@@ -126,3 +126,16 @@ def test_load_adapter_refuses_in_the_same_words(saved, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
         load_adapter(tiny_llama(), folder)
+
+
+def test_a_checkpoint_of_another_format_is_refused(saved, engines, tmp_path):
+    """Also before `load_adapter` has attached anything."""
+    folder = tmp_path / "copy"
+    shutil.copytree(saved[0], folder)
+    described = folder / TAG / "meft" / "adapter_config.json"
+    described.write_text(described.read_text().replace('"format": 1', '"format": 2'))
+    refuse(engines[0], folder, MeftConfigError, "format = 2", "reads 1")
+    model = tiny_llama()
+    with pytest.raises(MeftConfigError, match="format = 2"):
+        load_adapter(model, folder)
+    assert not any("meft_adapter" in name for name, _ in model.named_modules())
