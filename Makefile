@@ -4,15 +4,17 @@ VENV        ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
 EXTRAS      ?= launch,demo,test
 PYTEST_ARGS ?=
+BENCH_ARGS  ?=
 
-BIN   := $(VENV)/bin
-STAMP := $(VENV)/.installed
+BIN         := $(VENV)/bin
+STAMP       := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 
 # DeepSpeed compiles ops at run time with the ninja that it finds on PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-slow lint format clean
+.PHONY: venv demo test test-slow bench-optimizer lint format clean
 
 venv: $(STAMP)
 
@@ -31,6 +33,15 @@ test: $(STAMP)
 # What first compiles DeepSpeed's own operators, a minute each.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -x -q -m slow $(PYTEST_ARGS)
+
+# What plots need is only installed for them.
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[bench]' -c $(CONSTRAINTS)
+	touch $@
+
+# The row optimizer beside DeepSpeed's and torch's; results go to benchmarks/results (see benchmarks/README.md).
+bench-optimizer: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/optimizer.py $(BENCH_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from meft_engine.cores import rank_cores
+
 BLOCK = "meft"
 
 
@@ -166,12 +168,44 @@ class OffloadConfig(_Section):
     compute_dtype: Literal["bf16", "fp32"] | None = None
     """Precision of the copy of the rows that the model computes with. ``null``: bf16 under bf16 or fp16, else fp32."""
 
+    pin_memory: bool = True
+    """Pin the rows' host memory, so that copies to a GPU are fast. Without a GPU there is nothing to pin it for."""
+
+    huge_pages: bool = False
+    """Ask the system for pages of 2 MiB for rows and moments (Linux: transparent huge pages, ``madvise``)."""
+
 
 class OptimizerConfig(_Section):
     """How touched rows are updated. Betas, eps, weight decay and the lr schedule follow the user's optimizer."""
 
     lr_scale: float = Field(1.0, gt=0.0, allow_inf_nan=False)
     """The rows' learning rate as a multiple of that of the optimizer group that holds the layer's router."""
+
+    mode: Literal["lazy", "dense_equivalent"] = "lazy"
+    """``lazy``: a row ages only when it is touched. ``dense_equivalent``: idle rows move as dense AdamW moves them."""
+
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the moments: 8 bytes a parameter in fp32; 4 in bf16, which is rounded stochastically."""
+
+    overlap: bool = True
+    """Update rows on a thread of their own while the next forward runs. The results are the same, bit for bit."""
+
+    max_staleness: int = Field(0, ge=0, le=1)
+    """1: let a training forward read rows that still miss the last update (then results depend on timing)."""
+
+    num_threads: int | None = Field(None, ge=1)
+    """Threads of an update. ``null``: one for each core of the process."""
+
+    worker_timeout: float = Field(10.0, gt=0.0, allow_inf_nan=False)
+    """Seconds without a sign of life from the updating thread after which training stops with an error."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.max_staleness and not self.overlap:
+            raise ValueError(
+                "optimizer.max_staleness = 1 needs optimizer.overlap = true: without it no row is ever stale"
+            )
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -223,6 +257,8 @@ class MeftConfig(_Section):
         values["adapter"]["num_experts"] = self.adapter.resolved_num_experts
         if values["active_rows"]["cap"] is None:
             values["active_rows"]["cap"] = self.adapter.rows
+        if values["optimizer"]["num_threads"] is None:
+            values["optimizer"]["num_threads"] = len(rank_cores())
         return values
 
 

@@ -14,8 +14,10 @@ from torch import nn
 from meft_engine.adapter.attach import DTYPES, attach
 from meft_engine.checkpoint import adapter_files, engine_state
 from meft_engine.config import MeftConfig, MeftConfigError, find_block
+from meft_engine.cores import rank_cores
 from meft_engine.joint_norm import PlainJointNorm, install_joint_norm
 from meft_engine.optim.sparse_adam import SparseCPUAdam
+from meft_engine.optim.worker import UpdateWorker
 from meft_engine.param_groups import (
     as_groups,
     freeze_base,
@@ -76,10 +78,15 @@ class MeftEngine(DeepSpeedEngine):
         self.meft_config = block
         self.meft_adapters = attached
         with attached.measured():
-            self.row_optimizer = _row_optimizer(attached, home)
+            self.row_optimizer = _row_optimizer(attached, home, block)
         self._joint_norm = install_joint_norm(self)
         self._row_step = RowStep(
-            self.row_optimizer, self._joint_norm, self.gradient_clipping(), block.optimizer.lr_scale
+            self.row_optimizer,
+            self._joint_norm,
+            self.gradient_clipping(),
+            block.optimizer.lr_scale,
+            UpdateWorker(block.optimizer.worker_timeout) if block.optimizer.overlap else None,
+            [table.name for table in attached.tables()],
         )
         self.row_optimizer.follow(self.basic_optimizer.param_groups, block.optimizer.lr_scale)
         self._window_micro_steps = 0
@@ -103,6 +110,30 @@ class MeftEngine(DeepSpeedEngine):
         self._global_grad_norm = self._row_step.finish(applied=self._step_applied)
         self._window_micro_steps = 0
 
+    def synchronize_rows(self) -> None:
+        """Wait until every row is up to date: before you look at tables or at ``row_optimizer.state`` yourself.
+
+        Raises:
+            UpdateError: if the thread that updates rows failed, ended or hangs.
+        """
+        self._row_step.drain()
+
+    def train(self, mode: bool = True) -> None:
+        self.synchronize_rows()
+        super().train(mode)
+
+    def eval(self) -> None:
+        self.synchronize_rows()
+        super().eval()
+
+    def destroy(self) -> None:
+        """Finish the rows' updates, end their thread and give the host memory back, besides what DeepSpeed does."""
+        try:
+            self._row_step.close()
+        finally:
+            self.row_optimizer.close()
+            super().destroy()
+
     # Saving
 
     def save_checkpoint(
@@ -119,6 +150,7 @@ class MeftEngine(DeepSpeedEngine):
             RuntimeError: inside an accumulation window, whose partial gradients no checkpoint holds.
         """
         engine_state.require_boundary(self._window_micro_steps, self.gradient_accumulation_steps())
+        self.synchronize_rows()
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         # Rows first: DeepSpeed writes `latest` at the end of its own save, and it must name a whole checkpoint.
         engine_state.save(self, Path(save_dir, tag))
@@ -146,6 +178,7 @@ class MeftEngine(DeepSpeedEngine):
             MeftConfigError: if the checkpoint is of another model or another adapter.
             FileNotFoundError: if a file is missing, ``latest`` included.
         """
+        self.synchronize_rows()
         folder = engine_state.find_checkpoint(load_dir, tag)
         resume = load_optimizer_states and not load_module_only
         engine_state.require_match(self, folder, resume=resume)
@@ -174,7 +207,8 @@ class MeftEngine(DeepSpeedEngine):
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter alone (for :func:`meft_engine.load_adapter`) to ``folder``."""
-        adapter_files.save_adapter(self.meft_adapters, Path(folder))
+        self.synchronize_rows()
+        adapter_files.save_adapter(self.meft_adapters, Path(folder), read=self.row_optimizer.current)
 
     def meft_report(self) -> dict[str, Any]:
         """What the adapter is, uses and has touched so far; bytes are counted where they are allocated."""
@@ -217,7 +251,7 @@ def _require_support(config_class: Any, optimizer: Any) -> None:
         require_adam(optimizer)
 
 
-def _row_optimizer(attached: Any, home: dict[str, int]) -> SparseCPUAdam:
+def _row_optimizer(attached: Any, home: dict[str, int], block: MeftConfig) -> SparseCPUAdam:
     groups = [
         {
             "tables": [t for name, a in attached.adapters.items() if home[name] == index for t in (a.keys, a.values)],
@@ -225,4 +259,11 @@ def _row_optimizer(attached: Any, home: dict[str, int]) -> SparseCPUAdam:
         }
         for index in sorted(set(home.values()))
     ]
-    return SparseCPUAdam(groups)
+    return SparseCPUAdam(
+        groups,
+        mode=block.optimizer.mode,
+        moments_dtype=DTYPES[block.optimizer.moments_dtype],
+        seed=block.adapter.seed,
+        threads=block.optimizer.num_threads or len(rank_cores()),
+        huge_pages=block.offload.huge_pages,
+    )

@@ -15,11 +15,13 @@ def host_bytes_needed(
 ) -> int:
     """Bytes of host memory that the rows of ``layers`` layers of this ``width`` take.
 
-    Counted: fp32 masters, the compute copies where they are a second table, and (where trainable) two fp32 moments and
-    an int32 step a row. Gradients in flight come on top; they follow the touched rows.
+    Counted: masters (in bf16 as two planes, of which one is the compute copy), and where trainable two moments and an
+    int32 step a row; for inference, the compute copies alone. Gradients in flight come on top; they follow the touched
+    rows.
     """
     elements = layers * 2 * config.adapter.rows * width
-    an_element = 4 + (0 if compute_dtype == torch.float32 else compute_dtype.itemsize) + (8 if trainable else 0)
+    moment = {"fp32": 4, "bf16": 2}[config.optimizer.moments_dtype]
+    an_element = 4 + 2 * moment if trainable else compute_dtype.itemsize
     return elements * an_element + (layers * 2 * config.adapter.rows * 4 if trainable else 0)
 
 

@@ -26,6 +26,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         their activation that the cap kept. Both ``None`` before the first training micro-batch.
         ``host_bytes``: allocated on the host for rows and their optimizer state; ``host_bytes_measured``: what the
         process's resident memory grew by when they were allocated.
+        ``stale_reads``: share of the reads of a table that missed its last update (0 unless ``max_staleness`` is 1).
         ``device_bytes``: what the compute device needs at hand: routers with their Adam state, the resident keys, the
         largest gather of values. ``dense_device_bytes``: what a dense adapter of the same size, trained by Adam, would
         hold there.
@@ -36,8 +37,9 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
     rows = attached.config.adapter.rows
     masses = [s.mass for s in stats if s.mass is not None]
     mass = torch.stack(masses).sum(0).tolist() if masses else [0.0, 0.0]
-    rows_parameters = sum(table.master.numel() for table in tables)
+    rows_parameters = sum(table.handle.numel() for table in tables)
     router_parameters = sum(adapter.router.numel() for adapter in attached.adapters.values())
+    reads = sum(table.reads for table in tables)
     return {
         "layers": len(stats),
         "rows": rows,
@@ -47,6 +49,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         "kept_mass": (mass[1] / mass[0] if mass[0] > 0 else 1.0) if seen else None,
         "host_bytes": sum(table.host_bytes() for table in tables) + optimizer.host_bytes(),
         "host_bytes_measured": attached.measured_bytes,
+        "stale_reads": sum(table.stale_reads for table in tables) / reads if reads else 0.0,
         "device_bytes": sum(table.device_bytes() for table in tables) + _DENSE_BYTES_PER_PARAMETER * router_parameters,
         "dense_device_bytes": _DENSE_BYTES_PER_PARAMETER * rows_parameters,
     }

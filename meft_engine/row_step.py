@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from typing import Any
 
 from meft_engine.joint_norm import JointNorm, clip_coefficient
-from meft_engine.optim.sparse_adam import SparseCPUAdam
+from meft_engine.optim.sparse_adam import RowUpdate, SparseCPUAdam
+from meft_engine.optim.worker import UpdateError, UpdateWorker
+
+logger = logging.getLogger("meft_engine")
 
 
 class RowStep:
@@ -14,15 +19,29 @@ class RowStep:
     Args:
         optimizer: of the rows. joint_norm: the bridge into DeepSpeed's optimizer.
         max_norm: gradient clipping, 0 for none. lr_scale: rows' lr over the user's.
+        worker: updates rows while the training thread goes on; ``None``: they are updated before the step returns.
+        order: names of the tables as the forward meets them.
     """
 
-    def __init__(self, optimizer: SparseCPUAdam, joint_norm: JointNorm, max_norm: float, lr_scale: float) -> None:
-        self.optimizer, self.joint_norm = optimizer, joint_norm
+    def __init__(
+        self,
+        optimizer: SparseCPUAdam,
+        joint_norm: JointNorm,
+        max_norm: float,
+        lr_scale: float,
+        worker: UpdateWorker | None,
+        order: list[str],
+    ) -> None:
+        self.optimizer, self.joint_norm, self.worker = optimizer, joint_norm, worker
         self._max_norm, self._lr_scale = max_norm, lr_scale
+        # Updates that are still due when the process ends are finished, and a forgotten engine leaves no thread.
+        self._closer = weakref.finalize(self, _close, worker) if worker is not None else None
+        self._place = {name: index for index, name in enumerate(order)}
         self._loss_scale = 1.0
 
     def begin(self, param_groups: list[dict[str, Any]], loss_scale: float) -> None:
         """Take what DeepSpeed's step is about to change: lr (its scheduler moves on) and the loss scale."""
+        self.drain()
         self.optimizer.follow(param_groups, self._lr_scale)
         self._loss_scale = loss_scale
         self.joint_norm.rows = self.optimizer.gradient_norm()
@@ -32,6 +51,38 @@ class RowStep:
         """Update the touched rows if DeepSpeed applied its step, forget their gradients, and return the joint norm."""
         norm = self.joint_norm.result()
         if applied:
-            self.optimizer.step(grad_scale=clip_coefficient(norm, self._max_norm) / self._loss_scale)
+            updates = self.optimizer.updates(clip_coefficient(norm, self._max_norm) / self._loss_scale)
+            self._run(sorted(updates, key=lambda update: self._place[update.table.name]))
         self.optimizer.zero_grad()
         return norm
+
+    def drain(self) -> None:
+        """Wait until every row is up to date.
+
+        Raises:
+            UpdateError: if the updating thread cannot get there.
+        """
+        if self.worker is not None:
+            self.worker.drain()
+
+    def close(self) -> None:
+        """Finish the updates and end their thread."""
+        if self.worker is not None:
+            self._closer.detach()
+            self.worker.close()
+
+    def _run(self, updates: list[RowUpdate]) -> None:
+        if self.worker is not None:
+            self.worker.submit(updates)
+            return
+        for update in updates:
+            update.table.expect_update(None)
+            update.run()
+
+
+def _close(worker: UpdateWorker) -> None:
+    """Where nobody is left to catch an error."""
+    try:
+        worker.close()
+    except UpdateError as error:
+        logger.error("%s", error)

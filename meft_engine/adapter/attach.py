@@ -15,6 +15,7 @@ from meft_engine.adapter.discover import FFN, find_ffns
 from meft_engine.adapter.initialize import initial_keys, initial_router
 from meft_engine.adapter.module import SparseAdapter, add_to_output
 from meft_engine.config import MeftConfig, MeftConfigError
+from meft_engine.cores import rank_cores
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.planner import host_bytes_needed, require_host_memory
 
@@ -91,6 +92,10 @@ def attach(
                     compute_dtype=compute_dtype,
                     resident=kind == "keys",
                     trainable=trainable,
+                    max_staleness=config.optimizer.max_staleness,
+                    pin_memory=config.offload.pin_memory,
+                    huge_pages=config.offload.huge_pages,
+                    threads=len(rank_cores()),
                 )
                 for kind in ("keys", "values")
             ]

@@ -20,7 +20,8 @@ class ApplyRows(torch.autograd.Function):
     """``y_t = Σ_j z_tj B_j`` over the picks j of token t, where ``z_tj = gate · (x_t · A_j)``.
 
     Inputs: x [T, d] float32; gates [T, n] float32; scores [T, K] float32, the raw ``x · A_j`` of the picks (its
-    gradient flows into x here); the selection; the two tables; anchors, which receive zeros: an input that requires
+    gradient flows into x here); the selection; the two tables; whether to insist on their
+    latest rows; anchors, which receive zeros: an input that requires
     grad is what makes autograd come here where neither x nor the gates do.
 
     Gradients of rows are not returned but handed to the tables, since autograd would want them dense.
@@ -35,14 +36,15 @@ class ApplyRows(torch.autograd.Function):
         selection: Selection,
         keys: PartiallyOffloadedTensor,
         values: PartiallyOffloadedTensor,
+        latest: bool,
         *anchors: Tensor,
     ) -> Tensor:
         # The selection too is saved, not merely kept: it shall die with the backward, not with the output.
         ctx.save_for_backward(x, gates, scores, *vars(selection).values(), *anchors)
-        ctx.keys, ctx.values = keys, values
+        ctx.keys, ctx.values, ctx.latest = keys, values, latest
         ctx.versions = keys.version, values.version
         activations = scores * _picked(gates, selection)
-        return combine_rows(activations, values.gather(selection.active), selection)
+        return combine_rows(activations, values.gather(selection.active, latest=latest), selection)
 
     @staticmethod
     @once_differentiable
@@ -54,15 +56,15 @@ class ApplyRows(torch.autograd.Function):
         picked_gates = _picked(gates, selection)
         tokens_of_row = TokensOfRow(selection)
 
-        grad_z = score_picks(grad_y, values.gather(selection.active, values_version), selection)
+        grad_z = score_picks(grad_y, values.gather(selection.active, values_version, latest=ctx.latest), selection)
         values.accumulate(selection.active, tokens_of_row.combine(scores * picked_gates, grad_y))
 
         grad_scores = grad_z * picked_gates
-        grad_x = combine_rows(grad_scores, keys.gather(selection.active, keys_version), selection)
+        grad_x = combine_rows(grad_scores, keys.gather(selection.active, keys_version, latest=ctx.latest), selection)
         keys.accumulate(selection.active, tokens_of_row.combine(grad_scores, x))
 
         grad_gates = torch.zeros_like(gates).scatter_add_(1, selection.slots, grad_z * scores)
-        return grad_x, grad_gates, None, None, None, None, *(torch.zeros_like(a) for a in anchors)
+        return grad_x, grad_gates, None, None, None, None, None, *(torch.zeros_like(a) for a in anchors)
 
 
 def _picked(gates: Tensor, selection: Selection) -> Tensor:

@@ -68,12 +68,14 @@ class SparseAdapter(nn.Module):
             for table, version in zip((self.keys, self.values), replayed.versions, strict=True):
                 table.require_version(version)
             with torch.no_grad():
-                scores = score_picks(x, self.keys.gather(selection.active), selection)
+                scores = score_picks(x, self.keys.gather(selection.active, latest=self._latest()), selection)
         else:
             selection, scores = self._select(x, logits, experts, gates)
             self._calls.record(self, h, tokens, selection, (self.keys.version, self.values.version))
 
-        y = ApplyRows.apply(x, gates, scores, selection, self.keys, self.values, self._tripwire, *self.anchors)
+        y = ApplyRows.apply(
+            x, gates, scores, selection, self.keys, self.values, self._latest(), self._tripwire, *self.anchors
+        )
         y = y.to(h.dtype)
         if tokens is not None:
             y = torch.zeros_like(flat).index_copy(0, tokens, y)
@@ -81,20 +83,25 @@ class SparseAdapter(nn.Module):
 
     def _select(self, x: Tensor, logits: Tensor, experts: Tensor, gates: Tensor) -> tuple[Any, Tensor]:
         limits = self._config.active_rows
-        selection, scores, overflow = choose_rows(
-            self.name,
-            x,
-            logits,
-            experts,
-            gates,
-            self.keys.compute_copy(),
-            top_k=self._config.adapter.top_k,
-            cap=limits.cap if self.training else None,
-            on_overflow=limits.on_overflow,
-        )
+        with self.keys.reading(latest=self._latest()) as keys:
+            selection, scores, overflow = choose_rows(
+                self.name,
+                x,
+                logits,
+                experts,
+                gates,
+                keys,
+                top_k=self._config.adapter.top_k,
+                cap=limits.cap if self.training else None,
+                on_overflow=limits.on_overflow,
+            )
         if self.training:
             self.stats.count(selection.active.numel(), overflow)
         return selection, scores
+
+    def _latest(self) -> bool:
+        """Evaluation reads nothing stale, whatever training may."""
+        return not self.training
 
     def extra_repr(self) -> str:
         """Shape of the adapter, for ``print(model)``."""

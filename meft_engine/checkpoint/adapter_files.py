@@ -6,6 +6,7 @@ Reading them needs neither DeepSpeed nor an optimizer.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,42 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
+from meft_engine.checkpoint.catch_up import catch_up
 from meft_engine.config import MeftConfig, MeftConfigError
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_FORMAT = 1
+OPTIMIZER_FILE = "optimizer.safetensors"
+_FORMAT = 2
 
 
-def save_adapter(attached: AttachedAdapters, folder: Path, *, masters: bool = False) -> None:
+def save_adapter(
+    attached: AttachedAdapters,
+    folder: Path,
+    *,
+    masters: bool = False,
+    read: Callable[[PartiallyOffloadedTensor], Tensor] | None = None,
+) -> None:
     """Write the adapter to ``folder``.
 
-    Tensors: ``<ffn>.keys`` and ``<ffn>.values`` [r, d], in the compute copy's precision, or as fp32 masters;
-    ``<ffn>.router`` [N, d]; ``<ffn>.base_sample`` [64], to tell another base model.
+    Tensors: ``<ffn>.keys`` and ``<ffn>.values`` [r, d], in the compute copy's precision; ``<ffn>.router`` [N, d];
+    ``<ffn>.base_sample`` [64], to tell another base model.
+
+    Args:
+        masters: also write what bf16 copies lack of the masters, as ``<ffn>.keys_low`` and ``<ffn>.values_low``.
+        read: gives a table's compute copy, where what is stored may not be up to date.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows_dtype = torch.float32 if masters else attached.compute_dtype
-    tensors = {
-        name: tensor.detach().cpu().to(rows_dtype if name.endswith((".keys", ".values")) else tensor.dtype).contiguous()
-        for name, tensor in _expected(attached).items()
-    }
+    tensors = {}
+    for name, adapter in attached.adapters.items():
+        for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
+            compute, low = table.planes()
+            tensors[f"{name}.{kind}"] = read(table) if read is not None else compute
+            if masters and low is not None:
+                tensors[f"{name}.{kind}_low"] = low
+        tensors[f"{name}.router"] = adapter.router.detach().cpu().contiguous()
+        tensors[f"{name}.base_sample"] = attached.base_samples[name].contiguous()
     save_file(tensors, folder / WEIGHTS_FILE)
     dtype = next(name for name, value in DTYPES.items() if value == attached.compute_dtype)
     description = {
@@ -67,6 +85,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     attached = attach(model, config, compute_dtype=DTYPES[description["compute_dtype"]], trainable=False)
     require_fit(attached, folder)
     fill(attached, folder)
+    if config.optimizer.mode == "dense_equivalent" and (folder / OPTIMIZER_FILE).is_file():
+        catch_up(attached, folder / OPTIMIZER_FILE, folder / WEIGHTS_FILE)
     return model
 
 
@@ -139,10 +159,16 @@ def fill(attached: AttachedAdapters, folder: Path) -> None:
     """Put saved tensors, which :func:`require_fit` has accepted, into a model's adapters."""
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         for name, adapter in attached.adapters.items():
-            adapter.keys.fill(file.get_tensor(f"{name}.keys"))
-            adapter.values.fill(file.get_tensor(f"{name}.values"))
+            for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
+                table.fill(*_planes(file, f"{name}.{kind}"))
             with torch.no_grad():
                 adapter.router.copy_(file.get_tensor(f"{name}.router"))
+
+
+def _planes(file: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """The compute copy of a table in an open file, and the lower plane where it has one."""
+    low = f"{name}_low"
+    return file.get_tensor(name), file.get_tensor(low) if low in file.keys() else None  # noqa: SIM118
 
 
 def _expected(attached: AttachedAdapters) -> dict[str, Tensor]:
@@ -151,8 +177,8 @@ def _expected(attached: AttachedAdapters) -> dict[str, Tensor]:
         f"{name}.{kind}": tensor
         for name, adapter in attached.adapters.items()
         for kind, tensor in (
-            ("keys", adapter.keys.master),
-            ("values", adapter.values.master),
+            ("keys", adapter.keys.handle),
+            ("values", adapter.values.handle),
             ("router", adapter.router),
             ("base_sample", attached.base_samples[name]),
         )

@@ -1,20 +1,20 @@
 """What a checkpoint adds to DeepSpeed's own files: a ``meft`` folder with rows, moments, steps and random state.
 
 <tag>/meft/adapter_config.json        the resolved block and the FFNs' names
-<tag>/meft/adapter_model.safetensors  fp32 master rows, routers, samples of the base
-<tag>/meft/optimizer.safetensors      step, exp_avg, exp_avg_sq of every table
+<tag>/meft/adapter_model.safetensors  rows (in bf16 with their lower planes), routers, samples of the base
+<tag>/meft/optimizer.safetensors      step, exp_avg, exp_avg_sq of every table; the history of steps where it is needed
 <tag>/meft/random_state.safetensors   generators of Python, NumPy and PyTorch
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from meft_engine.checkpoint import adapter_files, random_state
 from meft_engine.config import MeftConfigError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
 
 FOLDER = "meft"
-_OPTIMIZER_FILE = "optimizer.safetensors"
 _RANDOM_FILE = "random_state.safetensors"
 
 
@@ -46,7 +45,12 @@ def save(engine: MeftEngine, tag_folder: Path) -> None:
     partial = tag_folder / f"{FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     adapter_files.save_adapter(engine.meft_adapters, partial, masters=True)
-    save_file(_moments(engine), partial / _OPTIMIZER_FILE)
+    optimizer = engine.row_optimizer
+    save_file(
+        {**optimizer.saved_state(), **optimizer.histories()},
+        partial / adapter_files.OPTIMIZER_FILE,
+        metadata={"groups": json.dumps(optimizer.groups_of_tables())},
+    )
     save_file(random_state.capture(), partial / _RANDOM_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -64,7 +68,12 @@ def find_checkpoint(load_dir: str, tag: str | None) -> Path:
             raise FileNotFoundError(f"{latest} is missing; name a tag, or a folder that save_checkpoint wrote")
         tag = latest.read_text().strip()
     folder = Path(load_dir, tag)
-    files = (adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, _OPTIMIZER_FILE, _RANDOM_FILE)
+    files = (
+        adapter_files.CONFIG_FILE,
+        adapter_files.WEIGHTS_FILE,
+        adapter_files.OPTIMIZER_FILE,
+        _RANDOM_FILE,
+    )
     adapter_files.require_files(folder / FOLDER, *files)
     return folder
 
@@ -79,8 +88,22 @@ def require_match(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None
     _require_deepspeed_files(engine, tag_folder, resume)
     folder = tag_folder / FOLDER
     adapter_files.require_fit(engine.meft_adapters, folder)
-    with safe_open(folder / _OPTIMIZER_FILE, "pt") as file:
-        adapter_files.require_shapes(file, _moments(engine), folder / _OPTIMIZER_FILE)
+    if not resume:
+        return
+    saved = adapter_files.read_description(folder)["meft"]["optimizer"]
+    own = engine.meft_config.optimizer.model_dump()
+    for key in ("mode", "moments_dtype"):
+        if saved[key] != own[key]:
+            raise MeftConfigError(
+                f'{folder} was saved with optimizer.{key} = "{saved[key]}", not "{own[key]}"; resume with that, or '
+                "load the adapter alone (load_optimizer_states=False)"
+            )
+    path = folder / adapter_files.OPTIMIZER_FILE
+    with safe_open(path, "pt") as file:
+        adapter_files.require_shapes(file, engine.row_optimizer.saved_state(), path)
+        for name in engine.row_optimizer.histories():
+            if name not in file.keys():  # noqa: SIM118
+                raise MeftConfigError(f"{path}: {name} is missing")
 
 
 def load(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None:
@@ -89,9 +112,11 @@ def load(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None:
     adapter_files.fill(engine.meft_adapters, folder)
     engine.row_optimizer.zero_grad()
     if resume:
-        with safe_open(folder / _OPTIMIZER_FILE, "pt") as file:
-            for name, value in _moments(engine).items():
+        optimizer = engine.row_optimizer
+        with safe_open(folder / adapter_files.OPTIMIZER_FILE, "pt") as file:
+            for name, value in optimizer.saved_state().items():
                 value.copy_(file.get_tensor(name))
+            optimizer.load_histories({name: file.get_tensor(name) for name in optimizer.histories()})
         random_state.restore(load_file(folder / _RANDOM_FILE))
 
 
@@ -108,12 +133,3 @@ def _require_deepspeed_files(engine: MeftEngine, tag_folder: Path, resume: bool)
             f"{tag_folder} was saved under ZeRO, whose optimizer states zero_optimization.stage = 0 cannot read; "
             "resume with the stage that it was saved with"
         )
-
-
-def _moments(engine: MeftEngine) -> dict[str, Tensor]:
-    """The row optimizer's state, by its names in a checkpoint."""
-    return {
-        f"{table.name}/{key}": value
-        for table in engine.row_optimizer.tables()
-        for key, value in engine.row_optimizer.state[table.master].items()
-    }

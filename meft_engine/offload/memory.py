@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import mmap
 from collections.abc import Sequence
@@ -9,13 +11,57 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+logger = logging.getLogger("meft_engine")
 
-def host_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in an anonymous mapping of their own.
+# Tables that begin at the same offset in their pages make loads wait for unrelated stores at the same offset of another
+# table ("4K aliasing"); successive tables therefore begin at different ones.
+_SKEWS = itertools.cycle(range(0, mmap.PAGESIZE, 1088))
+
+
+class _Mapping(mmap.mmap):
+    """An anonymous mapping that is unpinned before it goes back to the system, when its last tensor dies."""
+
+    address: int | None = None
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def host_zeros(
+    shape: Sequence[int], dtype: torch.dtype, *, pin_memory: bool = False, huge_pages: bool = False
+) -> Tensor:
+    """Zeros in an anonymous mapping of their own, rounded up to whole pages and no further.
 
     Every page is really there when this returns, so that memory runs out here or never, and it goes back to the system
-    when the tensor dies. torch's own allocator would place tables in whatever memory the process had freed before.
+    when the tensor dies. torch's own allocator would place tables in whatever memory the process had freed before, and
+    round pinned ones up to a power of two.
+
+    Args:
+        shape, dtype: of the result.
+        pin_memory: register the mapping with CUDA, so that copies to the device are fast and asynchronous. Ignored
+            where there is no GPU.
+        huge_pages: ask the system for pages of 2 MiB, which spare address translation.
     """
-    bytes_needed = max(1, math.prod(shape) * dtype.itemsize)
-    mapping = mmap.mmap(-1, bytes_needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape)).view(*shape).fill_(0)
+    elements = math.prod(shape)
+    skew = next(_SKEWS)
+    mapping = _Mapping(-1, skew + max(1, elements * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(mapping, dtype=dtype, count=elements, offset=skew).view(*shape).fill_(0)
+    if pin_memory and torch.cuda.is_available():
+        _pin(mapping, tensor.data_ptr() - skew)
+    return tensor
+
+
+def _pin(mapping: _Mapping, address: int) -> None:
+    error = torch.cuda.cudart().cudaHostRegister(address, len(mapping), 0)
+    if int(error) == 0:
+        mapping.address = address
+    else:
+        logger.warning(
+            "%.2f GiB of host memory could not be pinned (CUDA error %d), so copies to the device will be slower; "
+            "raise the limit of locked memory (ulimit -l), or set offload.pin_memory = false",
+            len(mapping) / 2**30,
+            int(error),
+        )

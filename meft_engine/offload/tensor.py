@@ -7,30 +7,33 @@ neither be flattened, cast, broadcast nor moved.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from meft_engine.offload.gradients import GradientAccumulator, RowGradient
 from meft_engine.offload.memory import host_zeros
+from meft_kernels import planes
+from meft_kernels.dispatch import row_passes
+from meft_kernels.rows import RowTable
 
 
 class StaleRowsError(RuntimeError):
-    """Rows were read that an update has replaced since they were first read."""
-
-
-class RowGradient(NamedTuple):
-    """The gradient accumulated so far: ``rows`` [n] int64 ascending, ``grad`` [n, d] float32, both on the host."""
-
-    rows: Tensor
-    grad: Tensor
+    """Rows were read that an update has replaced since they were first read, or that are only half updated."""
 
 
 class PartiallyOffloadedTensor:
     """Rows [r, d]: the fp32 master on the host, and a compute copy that the model reads.
 
-    On the CPU in fp32 the compute copy *is* the master; otherwise it is a second table, on the device where
-    ``resident`` (keys, which routing needs there) and else on the host (values, gathered on demand).
+    In bf16 a master is two planes of 16 bits (:mod:`meft_kernels.planes`), of which the upper one is the compute copy;
+    in fp32 the master is the compute copy. Where ``resident`` (keys, which routing needs whole) and the model computes
+    on an accelerator, that device holds the compute copy once more; else (values) rows are gathered on demand.
+
+    Updates may run on another thread. It says so beforehand (:meth:`expect_update`) and writes inside :meth:`writing`;
+    whoever reads waits for what is expected, and never sees a row half written.
 
     Args:
         name: what error messages call it, such as ``model.layers.0.mlp/keys``.
@@ -38,7 +41,9 @@ class PartiallyOffloadedTensor:
         device: where the model computes.
         compute_dtype: precision of the compute copy, ``torch.float32`` or ``torch.bfloat16``.
         resident: keep the whole compute copy on ``device``.
-        trainable: accept gradients; ``False`` for inference, where they are ignored.
+        trainable: accept gradients; ``False`` for inference, where they are ignored and no lower plane is kept.
+        max_staleness: how many updates a reader may be behind where it does not ask for the latest rows.
+        pin_memory, huge_pages: as :func:`host_zeros` has them. threads: for passes over rows on the host.
     """
 
     def __init__(
@@ -51,54 +56,150 @@ class PartiallyOffloadedTensor:
         compute_dtype: torch.dtype,
         resident: bool,
         trainable: bool = True,
+        max_staleness: int = 0,
+        pin_memory: bool = False,
+        huge_pages: bool = False,
+        threads: int = 1,
     ) -> None:
         self.name = name
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype
         self.resident = resident
         self.trainable = trainable
-        self.version = 0
-        self.master = host_zeros((rows, width), torch.float32)
-        home = self.device if resident else torch.device("cpu")
-        self._aliased = compute_dtype == torch.float32 and home.type == "cpu"
-        if self._aliased:
-            self._compute = self.master
-        elif home.type == "cpu":
-            self._compute = host_zeros((rows, width), compute_dtype)
-        else:
-            self._compute = torch.zeros(rows, width, dtype=compute_dtype, device=home)
-        self._pending: RowGradient | None = None
+        self.threads = threads
+        self.handle = torch.zeros((), dtype=torch.float32).expand(rows, width)
+        """Stands for the table where a tensor is asked for, such as in an optimizer's groups; it holds no rows."""
+
+        def allocate(dtype: torch.dtype) -> Tensor:
+            return host_zeros((rows, width), dtype, pin_memory=pin_memory, huge_pages=huge_pages)
+
+        split = compute_dtype == torch.bfloat16
+        self._high: Tensor | None = allocate(compute_dtype)
+        self._low = allocate(torch.int16) if split and trainable else None
+        on_device = resident and self.device.type != "cpu"
+        self._device_copy = torch.zeros(rows, width, dtype=compute_dtype, device=self.device) if on_device else None
+        self._gradient = GradientAccumulator(rows, threads)
         self._largest_gather = 0
+        self.read_current: Callable[[Tensor], Tensor | None] | None = None
+        """Set by an optimizer that leaves idle rows behind: the masters [n, d] of some rows brought to date, or
+        ``None`` if they are."""
+
+        self.max_staleness = max_staleness
+        self.reads, self.stale_reads = 0, 0
+        self._expected, self._written, self._torn = 0, 0, False
+        self._lock = threading.RLock()
+        self._wait: Callable[[Callable[[], bool]], None] | None = None
+
+    # Shape and contents
 
     @property
     def rows(self) -> int:
         """Number of rows r."""
-        return self.master.shape[0]
+        return self.handle.shape[0]
 
     @property
     def width(self) -> int:
         """Width d of a row."""
-        return self.master.shape[1]
+        return self.handle.shape[1]
 
-    def fill(self, source: Tensor) -> None:
-        """Set all rows from ``source`` [r, d] (any float dtype, any device) and refresh the compute copy."""
-        if source.shape != self.master.shape:
-            raise ValueError(f"{self.name} holds {tuple(self.master.shape)}, not {tuple(source.shape)}")
-        self.master.copy_(source)
-        self.publish(slice(None))
+    @property
+    def master(self) -> Tensor:
+        """The fp32 masters [r, d], for reading: a new tensor where they are kept as planes, else the table itself."""
+        with self.reading():
+            return planes.join(self._high, self._low) if self._low is not None else self._high.float()
+
+    def planes(self) -> tuple[Tensor, Tensor | None]:
+        """What is stored, itself: the bf16 plane and the lower plane, or the fp32 masters and ``None``."""
+        with self.reading():
+            return self._high, self._low
+
+    def row_table(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> RowTable:
+        """The table with its moments, as the passes over rows want it."""
+        return RowTable(self._high, self._low, exp_avg, exp_avg_sq)
+
+    def fill(self, source: Tensor, low: Tensor | None = None) -> None:
+        """Set all rows.
+
+        Args:
+            source: [r, d] of any float dtype, on any device; or, with ``low``, the bf16 plane.
+            low: [r, d] int16, the lower plane.
+
+        Raises:
+            ValueError: for another shape, or for a number that the compute copy cannot hold.
+        """
+        if source.shape != self.handle.shape:
+            raise ValueError(f"{self.name} holds {tuple(self.handle.shape)}, not {tuple(source.shape)}")
+        whole = planes.join(source.contiguous(), low) if low is not None else source.float()
+        self.write(slice(None), whole)
+
+    def write(self, rows: Tensor | slice, source: Tensor) -> None:
+        """Set some rows' masters from ``source`` [n, d] float32, and their compute copies.
+
+        Raises:
+            ValueError: for a finite number that is infinite in the compute copy.
+        """
+        source = source.to("cpu", torch.float32)
+        compute = source
+        if self.compute_dtype == torch.bfloat16:
+            compute, low = planes.split(source)
+            if bool((compute.isinf() & source.isfinite()).any()):
+                raise ValueError(f"{self.name} is given {source.abs().max():g}, which is beyond the range of bf16")
+        self.expect_update(None)
+        with self.writing():
+            self._high[rows] = compute
+            if self._low is not None:
+                self._low[rows] = low
+            self.refresh(rows)
+
+    def refresh(self, rows: Tensor | slice) -> None:
+        """Bring rows that have been written to the device's copy, where there is one."""
+        if self._device_copy is not None:
+            self._device_copy[rows] = self._high[rows].to(self.device)
+
+    # Reading
+
+    @contextmanager
+    def reading(self, *, latest: bool = True) -> Iterator[Tensor]:
+        """The compute copy [r, d], where it is kept whole; while inside, no update touches it.
+
+        Args:
+            latest: wait for every update that is expected; else ``max_staleness`` may be missing.
+
+        Raises:
+            StaleRowsError: if an update failed midway.
+            UpdateError: if the thread that should update cannot.
+        """
+        allowed = 0 if latest else self.max_staleness
+        if self._wait is None:
+            self._lock.acquire()
+        else:
+            self._wait(lambda: self._expected - self._written <= allowed)
+            self._wait(lambda: self._lock.acquire(blocking=False))
+        try:
+            behind = self._expected - self._written
+            if self._torn or behind > allowed:
+                what = "only half updated" if self._torn else f"{behind} updates old, where {allowed} are allowed"
+                raise StaleRowsError(f"rows of {self.name} are {what}; an update failed or did not run")
+            self.reads += 1
+            self.stale_reads += behind > 0
+            yield self._device_copy if self._device_copy is not None else self._high
+        finally:
+            self._lock.release()
 
     def compute_copy(self) -> Tensor:
         """The whole compute copy [r, d] on the device. Only for a resident tensor."""
         if not self.resident:
             raise RuntimeError(f"{self.name} is not resident on the device; gather the rows that are needed")
-        return self._compute
+        with self.reading() as table:
+            return table
 
-    def gather(self, rows: Tensor, version: int | None = None) -> Tensor:
+    def gather(self, rows: Tensor, version: int | None = None, *, latest: bool = True) -> Tensor:
         """Bring rows to the device.
 
         Args:
             rows: [n] int64 ids, on any device.
             version: the version that the caller saw before; ``None`` accepts the present one.
+            latest: as in :meth:`reading`.
 
         Returns:
             [n, d] float32 on ``device``, the exact values of the compute copy.
@@ -109,8 +210,21 @@ class PartiallyOffloadedTensor:
         if version is not None:
             self.require_version(version)
         self._largest_gather = max(self._largest_gather, rows.numel())
-        found = self._compute.index_select(0, rows.to(self._compute.device))
-        return found.to(self.device).float()
+        with self.reading(latest=latest) as table:
+            if table.device.type != "cpu":
+                return table.index_select(0, rows.to(table.device)).to(self.device).float()
+            rows = rows.to("cpu").contiguous()
+            found = self.read_current(rows) if self.read_current is not None else None
+            if found is None:
+                found = row_passes().gather_rows(table, rows, threads=self.threads)
+            elif self.compute_dtype == torch.bfloat16:
+                found = planes.split(found)[0].float()
+        return found.to(self.device)
+
+    @property
+    def version(self) -> int:
+        """Counts updates, those included that are expected and not yet done."""
+        return self._expected
 
     def require_version(self, version: int) -> None:
         """Check that the rows are those of ``version``.
@@ -124,44 +238,54 @@ class PartiallyOffloadedTensor:
                 "run backward before step"
             )
 
+    # Gradients
+
     def accumulate(self, rows: Tensor, grad: Tensor) -> None:
         """Add the gradient of some rows. Rows not named get none; the sum follows the order of the calls.
 
         Args:
-            rows: [n] int64, ascending, no two equal. grad: [n, d]; the tensor is taken over, not copied.
+            rows: [n] int64, no two equal. grad: [n, d]; the tensor is taken over, not copied.
+
+        Raises:
+            IndexError: for rows that the table does not have.
         """
         if not self.trainable or not rows.numel():
             return
-        rows, grad = rows.to("cpu"), grad.to("cpu", torch.float32)
-        if self._pending is None:
-            self._pending = RowGradient(rows, grad)
-        elif torch.equal(self._pending.rows, rows):
-            self._pending.grad.add_(grad)
-        else:
-            union = torch.cat((self._pending.rows, rows)).unique()
-            total = grad.new_zeros(union.numel(), self.width)
-            total.index_copy_(0, torch.searchsorted(union, self._pending.rows), self._pending.grad)
-            total.index_add_(0, torch.searchsorted(union, rows), grad)
-            self._pending = RowGradient(union, total)
+        rows, grad = rows.to("cpu"), grad.to("cpu", torch.float32).contiguous()
+        least, most = int(rows.min()), int(rows.max())
+        if least < 0 or most >= self.rows:
+            raise IndexError(f"{self.name} has {self.rows} rows; a gradient names rows {least} to {most}")
+        self._gradient.add(rows, grad)
 
     def gradient(self) -> RowGradient | None:
         """What has been accumulated since the last :meth:`clear_gradient`; ``None`` if nothing."""
-        return self._pending
+        return self._gradient.sum()
 
     def clear_gradient(self) -> None:
         """Forget the accumulated gradient."""
-        self._pending = None
+        self._gradient.clear()
 
-    def publish(self, rows: Tensor | slice) -> None:
-        """Make updated master rows visible to readers."""
-        if not self._aliased:
-            self._compute[rows] = self.master[rows].to(self._compute.device, self.compute_dtype)
-        self.version += 1
+    # Updates
+
+    def expect_update(self, wait: Callable[[Callable[[], bool]], None] | None) -> None:
+        """Announce an update. ``wait(condition)`` blocks until the condition holds, or raises where it never will."""
+        self._expected += 1
+        self._wait = wait
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Carry out an update that was announced. If it raises, the table is unreadable from then on."""
+        with self._lock:
+            self._torn = True
+            yield
+            self._written += 1
+            self._torn = False
+
+    # Memory
 
     def host_bytes(self) -> int:
         """Bytes allocated on the host for the rows themselves (gradients in flight and optimizer state not counted)."""
-        compute = self._compute.nbytes if not self._aliased and self._compute.device.type == "cpu" else 0
-        return self.master.nbytes + compute
+        return sum(plane.nbytes for plane in (self._high, self._low) if plane is not None)
 
     def device_bytes(self) -> int:
         """Bytes that the compute device needs at hand: the resident copy, or the largest gather seen so far.
@@ -170,6 +294,11 @@ class PartiallyOffloadedTensor:
         """
         rows = self.rows if self.resident else self._largest_gather
         return rows * self.width * self.compute_dtype.itemsize
+
+    def close(self) -> None:
+        """Give the memory back; the table is not usable afterwards."""
+        self._high = self._low = self._device_copy = self.read_current = None
+        self._gradient.clear()
 
     def __deepcopy__(self, memo: dict) -> PartiallyOffloadedTensor:
         raise RuntimeError(

@@ -2,35 +2,103 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from meft_engine.offload.memory import host_zeros
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.optim.history import StepHistory
+from meft_kernels import planes
+from meft_kernels.dispatch import row_passes
+from meft_kernels.rows import AdamStep, Coast
 
-# Rows are updated in blocks of about this many elements, so that a block's temporaries stay in the cache.
-_BLOCK_ELEMENTS = 1 << 17
+# Between two signs of life an update works on about this many elements.
+_BEAT_ELEMENTS = 1 << 24
+
+
+class NonFiniteRowsError(ArithmeticError):
+    """An update has made rows infinite or NaN in the precision that the model computes with."""
+
+
+@dataclass
+class RowUpdate:
+    """The update of one table in one step, complete: it may run at once or later, on any thread."""
+
+    table: PartiallyOffloadedTensor
+    state: dict[str, Tensor]
+    rows: Tensor
+    grad: Tensor
+    steps: Tensor
+    adam: AdamStep
+    coast: Coast | None
+    threads: int
+
+    def run(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Update the rows; ``beat`` is called from time to time.
+
+        Raises:
+            NonFiniteRowsError: if rows are no longer finite.
+        """
+        table = self.table.row_table(self.state["exp_avg"], self.state["exp_avg_sq"])
+        block = max(1, _BEAT_ELEMENTS // self.table.width)
+        infinite = 0
+        with self.table.writing():
+            for start in range(0, self.rows.numel(), block):
+                part = slice(start, start + block)
+                key, coast = self.adam.random_key, self.coast
+                infinite += row_passes().adam_rows(
+                    table,
+                    self.rows[part],
+                    self.grad[part],
+                    self.adam._replace(
+                        step_size=self.adam.step_size[part],
+                        inverse_root=self.adam.inverse_root[part],
+                        random_key=key[part] if key is not None else None,
+                    ),
+                    coast._replace(of_row=coast.of_row[part]) if coast is not None else None,
+                    threads=self.threads,
+                )
+                beat()
+            self.state["step"].index_copy_(0, self.rows, self.steps)
+            self.table.refresh(self.rows)
+            if infinite:
+                raise NonFiniteRowsError(
+                    f"{infinite} rows of {self.table.name} left the range of {self.table.compute_dtype} in an update; "
+                    "resume from a checkpoint with a smaller learning rate"
+                )
 
 
 class SparseCPUAdam(torch.optim.Optimizer):
-    """AdamW over the touched rows of partially offloaded tensors ("lazy": a row ages only when it is touched).
-
-    Every row counts its own steps, so its bias correction is that of its own history. A row that received no gradient
-    is neither read nor written: its moments do not decay and its weights are not decayed. For a row at its t-th touch:
+    """AdamW over the touched rows of partially offloaded tensors. For a row at its step t:
 
         m = β₁ m + (1 − β₁) g,  v = β₂ v + (1 − β₂) g²
         w = (1 − lr · λ) w − lr · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
 
     which is AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101, algorithm 2) as torch.optim.AdamW has it.
 
+    ``mode`` says what happens to rows that get no gradient:
+
+    * ``"lazy"``: nothing. A row counts its own steps, so its bias correction is that of its own history; while it is
+      idle its moments do not decay and its weights are not decayed.
+    * ``"dense_equivalent"``: what dense AdamW does to them. It is made up for when a row is next needed: values at any
+      read, keys (and what is stored) when they next get a gradient. Reading changes nothing that is stored.
+
     Args:
         tables: tensors, or groups ``{"tables": [...], "lr": ..., ...}`` as torch's optimizers take parameter groups.
         lr, betas, eps, weight_decay: AdamW's, for groups that do not say otherwise.
+        mode: see above.
+        moments_dtype: ``torch.float32``, or ``torch.bfloat16`` with stochastic rounding, whose random bits are a hash
+            of seed, table, row, column and step, so that they do not depend on threads, ranks or a resume.
+        seed: of those. threads: of an update. huge_pages: for the state, as ``host_zeros`` has them.
 
-    State of a table: ``step`` [r] int32, ``exp_avg`` and ``exp_avg_sq`` [r, d] float32, on the host.
+    State of a table: ``step`` [r] int32 (lazy: the row's own; else the step that the row is current through),
+    ``exp_avg`` and ``exp_avg_sq`` [r, d], on the host.
     """
 
     def __init__(
@@ -40,6 +108,12 @@ class SparseCPUAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        mode: Literal["lazy", "dense_equivalent"] = "lazy",
+        moments_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        threads: int = 1,
+        huge_pages: bool = False,
     ) -> None:
         groups = list(tables)
         if groups and not isinstance(groups[0], dict):
@@ -47,19 +121,25 @@ class SparseCPUAdam(torch.optim.Optimizer):
         self._table_of: dict[int, PartiallyOffloadedTensor] = {}
         for group in groups:
             members = list(group.pop("tables"))
-            group["params"] = [table.master for table in members]
-            self._table_of.update((id(table.master), table) for table in members)
+            group["params"] = [table.handle for table in members]
+            self._table_of.update((id(table.handle), table) for table in members)
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        for table in self.tables():
-            self.state[table.master] = {
-                "step": host_zeros((table.rows,), torch.int32),
-                "exp_avg": host_zeros(table.master.shape, torch.float32),
-                "exp_avg_sq": host_zeros(table.master.shape, torch.float32),
-            }
+        self.mode, self.moments_dtype, self._seed, self._threads = mode, moments_dtype, seed, threads
+        self._histories = [StepHistory() for _ in self.param_groups] if mode == "dense_equivalent" else []
+        for index, group in enumerate(self.param_groups):
+            for handle in group["params"]:
+                table = self._table_of[id(handle)]
+                self.state[handle] = {
+                    "step": host_zeros((table.rows,), torch.int32),
+                    "exp_avg": host_zeros(handle.shape, moments_dtype, huge_pages=huge_pages),
+                    "exp_avg_sq": host_zeros(handle.shape, moments_dtype, huge_pages=huge_pages),
+                }
+                if self._histories and not table.resident:
+                    table.read_current = lambda rows, t=table, i=index: self._read_current(t, i, rows)
 
     def tables(self) -> list[PartiallyOffloadedTensor]:
         """All tables, in the order of the groups."""
-        return [self._table_of[id(master)] for group in self.param_groups for master in group["params"]]
+        return [self._table_of[id(handle)] for group in self.param_groups for handle in group["params"]]
 
     def follow(self, param_groups: list[dict[str, Any]], lr_scale: float = 1.0) -> None:
         """Take lr (times ``lr_scale``), betas, eps and weight decay from another optimizer's groups.
@@ -73,53 +153,150 @@ class SparseCPUAdam(torch.optim.Optimizer):
 
     def gradient_norm(self) -> float:
         """2-norm of all accumulated row gradients; not finite if any of them is not."""
-        norms = [torch.linalg.vector_norm(g.grad) for t in self.tables() if (g := t.gradient()) is not None]
-        return float(torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)) if norms else 0.0
+        found = [(g.grad, t.threads) for t in self.tables() if (g := t.gradient()) is not None]
+        total = sum(float(row_passes().squared_norms(grad, threads=threads).sum()) for grad, threads in found)
+        return math.sqrt(total) if total >= 0 else math.nan
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the accumulated row gradients."""
         for table in self.tables():
             table.clear_gradient()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, *, grad_scale: float = 1.0) -> float | None:
         """Update the rows that have a gradient, times ``grad_scale`` (loss unscaling and clipping in one factor)."""
         loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for master in group["params"]:
-                table = self._table_of[id(master)]
-                gradient = table.gradient()
-                if gradient is not None:
-                    self._update(table, gradient.rows, gradient.grad, group, grad_scale)
+        # What torch's optimizers promise: when this returns, the step is done.
+        for update in self.updates(grad_scale):
+            update.table.expect_update(None)
+            update.run()
         return loss
 
+    @torch.no_grad()
+    def updates(self, grad_scale: float = 1.0) -> list[RowUpdate]:
+        """Begin a step: one update for each table that has a gradient, in the order of the groups.
+
+        All of them have to run before the next step begins.
+        """
+        updates = []
+        for index, group in enumerate(self.param_groups):
+            for handle in group["params"]:
+                table = self._table_of[id(handle)]
+                gradient = table.gradient()
+                if gradient is not None:
+                    updates.append(self._update(table, index, gradient.rows, gradient.grad, group, grad_scale))
+        for history, group in zip(self._histories, self.param_groups, strict=False):
+            history.append(float(group["lr"]), group["weight_decay"], tuple(group["betas"]))
+        return updates
+
     def _update(
-        self, table: PartiallyOffloadedTensor, rows: Tensor, grad: Tensor, group: dict[str, Any], grad_scale: float
-    ) -> None:
-        state, (beta1, beta2) = self.state[table.master], group["betas"]
-        lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
-        steps = state["step"].index_select(0, rows) + 1
-        state["step"].index_copy_(0, rows, steps)
+        self,
+        table: PartiallyOffloadedTensor,
+        index: int,
+        rows: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        grad_scale: float,
+    ) -> RowUpdate:
+        state, (beta1, beta2) = self.state[table.handle], group["betas"]
+        lr, eps = float(group["lr"]), group["eps"]
+        done = state["step"].index_select(0, rows)
+        coast = None
+        if self._histories:
+            history = self._histories[index]
+            coast = history.coast(done, eps)
+            steps = torch.full_like(done, history.steps + 1)
+        else:
+            steps = done + 1
         # Bias corrections in float64: 1 - β₂ᵗ is 1e-3 at the first step, where float32 would lose four digits.
-        t = steps.double()[:, None]
-        step_size = (lr / (1 - beta1**t)).float()
-        root_correction = (1 - beta2**t).sqrt().float()
-        block = max(1, _BLOCK_ELEMENTS // table.width)
-        for chunk in (slice(start, start + block) for start in range(0, rows.numel(), block)):
-            ids = rows[chunk]
-            g = grad[chunk] * grad_scale if grad_scale != 1.0 else grad[chunk]
-            m = state["exp_avg"].index_select(0, ids).lerp_(g, 1 - beta1)
-            v = state["exp_avg_sq"].index_select(0, ids).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            state["exp_avg"].index_copy_(0, ids, m)
-            state["exp_avg_sq"].index_copy_(0, ids, v)
-            denominator = v.sqrt_().div_(root_correction[chunk]).add_(eps)
-            w = table.master.index_select(0, ids)
-            if decay:
-                w.mul_(1 - lr * decay)
-            w.sub_(m.mul_(step_size[chunk]).div_(denominator))
-            table.master.index_copy_(0, ids, w)
-        table.publish(rows)
+        t = steps.double()
+        keys = None
+        if self.moments_dtype == torch.bfloat16:
+            keys = _random_keys(self._seed, zlib.crc32(table.name.encode()), rows, steps)
+        adam = AdamStep(
+            grad_scale=grad_scale,
+            betas=(beta1, beta2),
+            eps=eps,
+            decay=1 - lr * group["weight_decay"],
+            step_size=(lr / (1 - beta1**t)).float(),
+            inverse_root=(1 - beta2**t).rsqrt().float(),
+            random_key=keys,
+        )
+        return RowUpdate(table, state, rows.contiguous(), grad, steps, adam, coast, self._threads)
+
+    def _read_current(self, table: PartiallyOffloadedTensor, index: int, rows: Tensor) -> Tensor | None:
+        state, eps = self.state[table.handle], self.param_groups[index]["eps"]
+        coast = self._histories[index].coast(state["step"].index_select(0, rows), eps)
+        if coast is None:
+            return None
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        return row_passes().read_coasted(table.row_table(*moments), rows, coast, eps, threads=table.threads)
+
+    def current(self, table: PartiallyOffloadedTensor) -> Tensor:
+        """The compute copy [r, d] of a table, brought to date; what is stored stays as it is."""
+        if not self._histories:
+            return table.planes()[0]
+        masters = self.current_masters(table)
+        return planes.split(masters)[0] if table.compute_dtype == torch.bfloat16 else masters
+
+    def current_masters(self, table: PartiallyOffloadedTensor) -> Tensor:
+        """The masters [r, d] float32 of a table, brought to date, for reading; what is stored stays as it is."""
+        with table.reading():
+            found = None
+            if self._histories:
+                found = self._read_current(table, self._group_of(table), torch.arange(table.rows))
+            return table.master if found is None else found
+
+    def groups_of_tables(self) -> dict[str, dict[str, Any]]:
+        """By a table's name, the index of its group and that group's eps."""
+        found = {table.name: self._group_of(table) for table in self.tables()}
+        return {name: {"index": index, "eps": self.param_groups[index]["eps"]} for name, index in found.items()}
+
+    def _group_of(self, table: PartiallyOffloadedTensor) -> int:
+        return next(i for i, g in enumerate(self.param_groups) if any(h is table.handle for h in g["params"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's optimizers have it, with the history of steps where the mode needs one."""
+        return {**super().state_dict(), "histories": self.histories()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy into the state as it is allocated, whose precision and place torch's own method would change."""
+        allocated = {handle: dict(state) for handle, state in self.state.items()}
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        for handle, state in allocated.items():
+            for key, value in state.items():
+                value.copy_(self.state[handle][key])
+            self.state[handle] = state
+        self.load_histories(state_dict["histories"])
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, itself and by its names there; ``load_histories`` takes back the part that grows."""
+        return {
+            f"{table.name}/{key}": value for table in self.tables() for key, value in self.state[table.handle].items()
+        }
+
+    def histories(self) -> dict[str, Tensor]:
+        """The settings of every step so far, one [steps, 4] float64 tensor for each group; empty where not needed."""
+        return {f"group{index}/history": history.state() for index, history in enumerate(self._histories)}
+
+    def load_histories(self, saved: dict[str, Tensor]) -> None:
+        """Take back what :meth:`histories` gave."""
+        for index, history in enumerate(self._histories):
+            history.load(saved[f"group{index}/history"])
+
+    def close(self) -> None:
+        """Give back the memory of the state and of the tables; nothing of them is usable afterwards."""
+        for table in self.tables():
+            table.close()
+        self.state.clear()
 
     def host_bytes(self) -> int:
         """Bytes of the optimizer's state on the host."""
         return sum(value.nbytes for state in self.state.values() for value in state.values())
+
+
+def _random_keys(seed: int, table: int, rows: Tensor, steps: Tensor) -> Tensor:
+    """[n] int32: a hash of seed, table, row and step (the finaliser of SplitMix64, S. Vigna, public domain)."""
+    x = (rows << 32) + steps.long() + (seed << 32 ^ table) * 0x9E3779B97F4A7C15 % (1 << 63)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (x >> 32).to(torch.int32)

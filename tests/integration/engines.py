@@ -96,7 +96,8 @@ def train_step(engine: Any, micro_batches: Sequence[Tensor]) -> float:
 
 
 def tables(engine: Any) -> dict[str, Any]:
-    """The engine's tables by name, such as ``model.layers.0.mlp/keys``."""
+    """The engine's tables by name, such as ``model.layers.0.mlp/keys``, every row of them up to date."""
+    engine.synchronize_rows()
     return {table.name: table for table in engine.row_optimizer.tables()}
 
 
@@ -142,7 +143,7 @@ def row_state(engine: Any) -> dict[str, Tensor]:
     for name, table in tables(engine).items():
         state[name] = table.master.clone()
         state[f"{name}/compute"] = table.gather(torch.arange(table.rows)).clone()
-        for kind, value in engine.row_optimizer.state[table.master].items():
+        for kind, value in engine.row_optimizer.state[table.handle].items():
             state[f"{name}/{kind}"] = value.clone()
     return state
 

@@ -118,7 +118,7 @@ def check_first_moments(engine, rows: dict, twin_routers: dict) -> None:
     """After the first step exp_avg is (1 − β₁) times the clipped gradient, whose scale Adam's update itself hides."""
     share = 1 - ADAM["betas"][0]
     for name, table in tables(engine).items():
-        moment = engine.row_optimizer.state[table.master]["exp_avg"]
+        moment = engine.row_optimizer.state[table.handle]["exp_avg"]
         torch.testing.assert_close(moment, share * rows[name].grad, rtol=1e-3, atol=1e-7)
     for name, parameter in twin_routers.items():
         router = routers(engine)[name]
@@ -194,7 +194,7 @@ def test_micro_steps_that_touch_other_rows_all_count(stage):
         assert seen[0][name] < seen[1][name] < seen[2][name], "choose batches that touch other rows"
     engine.step()
     for name, table in tables(engine).items():
-        steps = engine.row_optimizer.state[table.master]["step"]
+        steps = engine.row_optimizer.state[table.handle]["step"]
         assert set(steps.nonzero().flatten().tolist()) == seen[2][name]
         assert table.gradient() is None
 
@@ -216,7 +216,7 @@ def test_padding_touches_no_row(side):
     touched, expected = row_gradients(padded), row_gradients(alone)
     assert touched.keys() == expected.keys() == tables(padded).keys()
     for name, (rows, _) in touched.items():
-        assert rows.tolist() == expected[name][0].tolist()
+        assert sorted(rows.tolist()) == sorted(expected[name][0].tolist())
         assert rows.numel() < 50, "few enough for padding to stand out"
 
 

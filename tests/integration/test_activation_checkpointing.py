@@ -47,7 +47,7 @@ def run(engine) -> dict:
         "norms": norms,
         "rows": masters(engine),
         "routers": {name: router.detach().clone() for name, router in routers(engine).items()},
-        "steps": {n: engine.row_optimizer.state[t.master]["step"].clone() for n, t in tables(engine).items()},
+        "steps": {n: engine.row_optimizer.state[t.handle]["step"].clone() for n, t in tables(engine).items()},
         "counted": [(a.stats.micro_batches, a.stats.active_rows) for a in engine.meft_adapters.adapters.values()],
     }
 

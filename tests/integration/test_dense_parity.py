@@ -134,7 +134,7 @@ def test_sparse_touching_equals_a_float64_oracle(stage, lr_scale):
     assert partly_touched == steps and 0 < clipped < steps
     assert largest_difference(masters(engine), oracle.weights) < 2e-6
     for name, table in tables(engine).items():
-        counted = engine.row_optimizer.state[table.master]["step"]
+        counted = engine.row_optimizer.state[table.handle]["step"]
         assert counted.tolist() == oracle.steps[name]
         assert len(set(counted.tolist())) > 2, f"the rows of {name} must differ in age for this to test anything"
         assert torch.equal(table.master[counted == 0], start[name][counted == 0])

@@ -98,7 +98,7 @@ def test_gate_none_trains_rows_alone(stage, bf16, layers):
         assert reported == pytest.approx(of_rows, rel=1e-5), "the anchor must add nothing to the norm"
     for name, rows in masters(engine).items():
         # All but rows that only a last token picked, of which no loss is asked.
-        touched = engine.row_optimizer.state[tables(engine)[name].master]["step"] > 0
+        touched = engine.row_optimizer.state[tables(engine)[name].handle]["step"] > 0
         assert (rows - start[name])[touched].abs().amax(1).median() > 1e-2
         assert torch.equal(rows[~touched], start[name][~touched])
     for name, router in routers(engine).items():

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+from torch.optim import lr_scheduler as torch_schedules
+from torch.optim.lr_scheduler import LambdaLR
 
 from tests.families import fill_values, tiny_block, tiny_llama
 from tests.integration.engines import (
@@ -74,11 +75,42 @@ def layer_of(name: str) -> int:
 # --- schedulers
 
 WARM_UP = {"warmup_min_lr": 1e-4, "warmup_max_lr": 2e-2, "warmup_num_steps": 4, "warmup_type": "linear"}
+
+
+def sequence(optimizer: torch.optim.Optimizer) -> torch_schedules.LRScheduler:
+    warm_up = torch_schedules.LinearLR(optimizer, 0.1, total_iters=3)
+    return torch_schedules.SequentialLR(
+        optimizer, [warm_up, torch_schedules.ExponentialLR(optimizer, 0.8)], milestones=[3]
+    )
+
+
+def chain(optimizer: torch.optim.Optimizer) -> torch_schedules.ChainedScheduler:
+    parts = [torch_schedules.ConstantLR(optimizer, 0.3, total_iters=3), torch_schedules.ExponentialLR(optimizer, 0.8)]
+    return torch_schedules.ChainedScheduler(parts)
+
+
 SCHEDULES = {
     "LambdaLR": lambda optimizer: LambdaLR(optimizer, lambda step: 0.7**step),
-    "CosineAnnealingLR": lambda optimizer: CosineAnnealingLR(optimizer, T_max=6, eta_min=1e-3),
+    "MultiplicativeLR": lambda optimizer: torch_schedules.MultiplicativeLR(optimizer, lambda step: 0.8),
+    "StepLR": lambda optimizer: torch_schedules.StepLR(optimizer, 1, 0.5),
+    "MultiStepLR": lambda optimizer: torch_schedules.MultiStepLR(optimizer, [1, 2, 4, 6], 0.5),
+    "ExponentialLR": lambda optimizer: torch_schedules.ExponentialLR(optimizer, 0.7),
+    "LinearLR": lambda optimizer: torch_schedules.LinearLR(optimizer, 0.1, total_iters=6),
+    "PolynomialLR": lambda optimizer: torch_schedules.PolynomialLR(optimizer, total_iters=8, power=2.0),
+    "CosineAnnealingLR": lambda optimizer: torch_schedules.CosineAnnealingLR(optimizer, T_max=6, eta_min=1e-3),
+    "CosineAnnealingWarmRestarts": lambda optimizer: torch_schedules.CosineAnnealingWarmRestarts(optimizer, T_0=5),
+    # These two cycle the betas too.
+    "CyclicLR": lambda optimizer: torch_schedules.CyclicLR(optimizer, 1e-3, 2e-2, step_size_up=3),
+    "OneCycleLR": lambda optimizer: torch_schedules.OneCycleLR(optimizer, max_lr=2e-2, total_steps=12),
+    "SequentialLR": sequence,
+    "ChainedScheduler": chain,
     "WarmupLR": {"type": "WarmupLR", "params": WARM_UP},
     "WarmupDecayLR": {"type": "WarmupDecayLR", "params": {**WARM_UP, "total_num_steps": 10}},
+    "WarmupCosineLR": {
+        "type": "WarmupCosineLR",
+        "params": {"warmup_num_steps": 3, "total_num_steps": 10, "warmup_type": "linear"},
+    },
+    "LRRangeTest": {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-3, "lr_range_test_step_size": 1}},
     # It cycles the betas too.
     "OneCycle": {
         "type": "OneCycle",
@@ -104,6 +136,15 @@ def test_rows_learn_at_deepspeeds_rate_at_every_step(kind, stage):
     rates = [rate for (rate,) in follow(engine, 8, lambda name: 0, lr_scale=0.3)]
     assert len(set(rates)) > 4, "the schedule must move, or nothing is tested"
     assert engine.lr_scheduler is not None
+
+
+def test_no_scheduler_is_left_out():
+    """ConstantLR is in the chain; ReduceLROnPlateau wants a metric, which no engine gives it."""
+    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+
+    bases = {"LRScheduler", "_LRScheduler", "ReduceLROnPlateau", "ConstantLR"}
+    names = {n for n, c in vars(torch_schedules).items() if isinstance(c, type) and hasattr(c, "get_last_lr")} - bases
+    assert len(names) >= 13 and names | set(VALID_LR_SCHEDULES) == SCHEDULES.keys()
 
 
 def test_a_rate_set_by_hand_reaches_the_rows():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from meft_engine import config as config_module
 from meft_engine.config import MeftConfig, MeftConfigError, find_block, nearest_divisor_to_sqrt
+from meft_engine.cores import rank_cores
 
 # The defaults of DESIGN.md's block, for the fields whose code exists.
 DESIGNED = json.loads("""{
@@ -22,8 +23,9 @@ DESIGNED = json.loads("""{
                "target_modules": null, "layers_to_transform": null, "init_keys": "ffn", "freeze_base": true,
                "seed": 42 },
   "active_rows": { "cap": null, "on_overflow": "keep_largest" },
-  "offload": { "compute_dtype": null },
-  "optimizer": { "lr_scale": 1.0 },
+  "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": false },
+  "optimizer": { "lr_scale": 1.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true, "max_staleness": 0,
+                 "num_threads": null, "worker_timeout": 10.0 },
   "checkpoint": { "save_base": false }
 }""")
 
@@ -91,6 +93,22 @@ BAD = {
     "lr_scale of zero": ({"optimizer": {"lr_scale": 0}}, ["optimizer.lr_scale", "0", "greater than 0"]),
     "lr_scale not finite": ({"optimizer": {"lr_scale": math.nan}}, ["optimizer.lr_scale", "nan", "finite"]),
     "lr_scale a word": ({"optimizer": {"lr_scale": "1"}}, ["optimizer.lr_scale", "'1'", "number"]),
+    "unknown mode": ({"optimizer": {"mode": "eager"}}, ["optimizer.mode", "'eager'", "'lazy' or 'dense_equivalent'"]),
+    "unknown moments": ({"optimizer": {"moments_dtype": "fp16"}}, ["moments_dtype", "'fp16'", "'fp32' or 'bf16'"]),
+    "overlap a number": ({"optimizer": {"overlap": 1}}, ["optimizer.overlap", "1", "boolean"]),
+    "two updates behind": ({"optimizer": {"max_staleness": 2}}, ["optimizer.max_staleness", "2", "equal to 1"]),
+    "updates ahead": ({"optimizer": {"max_staleness": -1}}, ["optimizer.max_staleness", "-1", "equal to 0"]),
+    "stale without overlap": (
+        {"optimizer": {"max_staleness": 1, "overlap": False}},
+        ["optimizer.max_staleness = 1", "optimizer.overlap = true", "no row is ever stale"],
+    ),
+    "no threads": ({"optimizer": {"num_threads": 0}}, ["optimizer.num_threads", "0", "equal to 1"]),
+    "threads a fraction": ({"optimizer": {"num_threads": 1.5}}, ["optimizer.num_threads", "1.5", "integer"]),
+    "no time": ({"optimizer": {"worker_timeout": 0}}, ["optimizer.worker_timeout", "0", "greater than 0"]),
+    "all the time": ({"optimizer": {"worker_timeout": math.inf}}, ["optimizer.worker_timeout", "inf", "finite"]),
+    "no time that is": ({"optimizer": {"worker_timeout": math.nan}}, ["optimizer.worker_timeout", "nan", "finite"]),
+    "pin_memory a word": ({"offload": {"pin_memory": "yes"}}, ["offload.pin_memory", "'yes'", "boolean"]),
+    "huge_pages null": ({"offload": {"huge_pages": None}}, ["offload.huge_pages", "None", "boolean"]),
     "save_base a word": ({"checkpoint": {"save_base": "no"}}, ["checkpoint.save_base", "'no'", "boolean"]),
     "auto for a number": ({"adapter": {"rows": "auto"}}, ["adapter.rows", '"auto"', "leave it out"]),
     "auto for a word": ({"adapter": {"gate": "auto"}}, ["adapter.gate", '"auto"', "leave it out"]),
@@ -184,6 +202,8 @@ def test_defaults_are_the_designed_ones():
         {"adapter": {"rows": 35, "experts_per_token": 2, "top_k": 3, "layers_to_transform": "0-1"}},
         {"adapter": {"layers_to_transform": [2], "target_modules": ["mlp"]}, "active_rows": {"cap": 99}},
         {"enabled": False, "optimizer": {"lr_scale": 3}, "offload": {"compute_dtype": "bf16"}},
+        {"optimizer": {"max_staleness": 1, "num_threads": 3, "worker_timeout": 2}, "offload": {"huge_pages": True}},
+        {"optimizer": {"mode": "dense_equivalent", "moments_dtype": "bf16", "overlap": False}},
     ],
 )
 def test_resolved_values_go_through_json_and_back(block):
@@ -192,6 +212,8 @@ def test_resolved_values_go_through_json_and_back(block):
     assert again.resolved() == resolved
     assert resolved["active_rows"]["cap"] == block.get("active_rows", {}).get("cap", resolved["adapter"]["rows"])
     assert resolved["adapter"]["num_experts"] == nearest_divisor_to_sqrt(resolved["adapter"]["rows"])
+    threads = block.get("optimizer", {}).get("num_threads")
+    assert resolved["optimizer"]["num_threads"] == (threads or len(rank_cores())) >= 1
     for section, given_values in block.items():
         if isinstance(given_values, dict):
             assert given_values.items() <= resolved[section].items()
