@@ -7,7 +7,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
-from meft_engine.optim.sparse_adam import SparseCPUAdam
+from meft_engine.optim.sparse_adam import SparseCPUAdam, run_now
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
@@ -40,8 +40,8 @@ class Ours:
         self.table.accumulate(rows, grad)
 
     def step(self) -> None:
-        """``updates()`` and then each update's ``run()``."""
-        self.optimizer.step()
+        """Update the rows that have a gradient, as the engine does."""
+        run_now(self.optimizer.updates())
 
     def host_bytes(self) -> int:
         """Of the table and its moments."""
@@ -83,3 +83,30 @@ class TorchSparse:
     def step(self) -> None:
         """Update the rows of the gradient."""
         self.optimizer.step()
+
+
+class Tiny:
+    """All contestants once more with tables of a few kilobytes, whose steps run the same code over other data."""
+
+    ROWS, WIDTH = 16, 32
+
+    def __init__(self, threads: int) -> None:
+        start = torch.zeros(self.ROWS, self.WIDTH)
+        self._ours = Ours(self.ROWS, self.WIDTH, threads)
+        self._dense, self._sparse = DenseDeepSpeed(start), TorchSparse(start)
+        self._rows, self._grad = torch.arange(self.ROWS), torch.ones(self.ROWS, self.WIDTH)
+        self._dense.prepare(self._grad)
+
+    def ours(self) -> None:
+        """A step of ours."""
+        self._ours.prepare(self._rows, self._grad)
+        self._ours.step()
+
+    def dense(self) -> None:
+        """A step of DeepSpeedCPUAdam."""
+        self._dense.step()
+
+    def sparse(self) -> None:
+        """A step of SparseAdam."""
+        self._sparse.prepare(self._rows, self._grad)
+        self._sparse.step()

@@ -16,7 +16,7 @@ from pathlib import Path
 import overlap
 import psutil
 import torch
-from contestants import BYTES_PER_ELEMENT, BYTES_PER_ELEMENT_BF16_MOMENTS, DenseDeepSpeed, Ours, TorchSparse
+from contestants import BYTES_PER_ELEMENT, BYTES_PER_ELEMENT_BF16_MOMENTS, DenseDeepSpeed, Ours, Tiny, TorchSparse
 from machine import describe, footnote, last_level_cache
 from measure import Stopwatch, Timing, copy_bandwidth, write_csv
 from plot import draw
@@ -66,6 +66,7 @@ def run_contest(rows: int, width: int, threads: int, repetitions: int, watch: St
     for table in (ours.table, half.table):
         table.fill(start)
     del start
+    tiny = Tiny(threads)
     counts = {share: max(1, round(rows * share / 100)) for share in SHARES}
 
     def bytes_of(share: float, per_element: int = BYTES_PER_ELEMENT) -> int:
@@ -89,15 +90,15 @@ def run_contest(rows: int, width: int, threads: int, repetitions: int, watch: St
             touched = torch.randperm(rows)[: counts[share]]
             part = grad[: counts[share]]
             ours.prepare(touched, part)
-            watch.time(found.ours[share], ours.step)
+            watch.time(found.ours[share], ours.step, tiny.ours)
             if share in COMPARED:
-                watch.time(found.dense, dense.step)
+                watch.time(found.dense, dense.step, tiny.dense)
             if share == 10:
                 half.prepare(touched, part)
-                watch.time(found.half, half.step)
+                watch.time(found.half, half.step, tiny.ours)
             if share <= LARGEST_SPARSE:
                 sparse.prepare(touched, part)
-                watch.time(found.sparse[share], sparse.step)
+                watch.time(found.sparse[share], sparse.step, tiny.sparse)
         if repetition < 0:  # the first steps allocate, compile and warm up
             for timing in found.timings():
                 timing.seconds.clear()
@@ -111,6 +112,7 @@ def run_growth(rows: int, width: int, threads: int, repetitions: int, watch: Sto
     """Update equally many rows of a table and of one with many times the rows, in turn."""
     sizes = (rows, GROWTH * rows)
     count = min(GROWTH_ROWS, rows // 8)
+    tiny = Tiny(threads)
     tables = [Ours(size, width, threads) for size in sizes]
     grad = torch.empty(count, width)
     found = [
@@ -120,7 +122,7 @@ def run_growth(rows: int, width: int, threads: int, repetitions: int, watch: Sto
         grad.normal_()
         for table, size, timing in zip(tables, sizes, found, strict=True):
             table.prepare(torch.randperm(size)[:count], grad)
-            watch.time(timing, table.step)
+            watch.time(timing, table.step, tiny.ours)
             if repetition < 0:
                 timing.seconds.clear()
         bar.update()

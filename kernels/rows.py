@@ -6,6 +6,7 @@ rounds once, in the order that the C++ has.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class RowTable(NamedTuple):
     low: Tensor | None
     """[r, d] int16: the lower plane."""
     exp_avg: Tensor
-    """[r, d] float32 or bfloat16."""
+    """[r, d] float32; or bfloat16, as :func:`paired_moments` gives them."""
     exp_avg_sq: Tensor
 
 
@@ -53,6 +54,41 @@ class Coast(NamedTuple):
     """[n] int32: which line of the coefficients is a row's."""
     coefficients: Tensor
     """[D, 3 + 2 q] float32: P, M, V, then q pairs (a, b)."""
+
+
+class RowScalars(NamedTuple):
+    """What AdamW needs to know of each of n rows."""
+
+    steps: Tensor
+    """[n] int32: the row's step, this one included."""
+    step_size: Tensor
+    inverse_root: Tensor
+    random_key: Tensor | None
+    """As :class:`AdamStep` has them."""
+
+
+def row_scalars(
+    step: Tensor, rows: Tensor, *, now: int, lr: float, betas: tuple[float, float], seed: int | None
+) -> RowScalars:
+    """The scalars of ``rows`` [n] for a step that begins.
+
+    Args:
+        step: [r] int32, the steps that rows have behind them.
+        now: the number of the step for all rows; 0: a row's own, one more than ``step`` says.
+        lr, betas: of the step. seed: of 64 bits, for random keys; ``None``: none are needed.
+    """
+    steps = torch.full((rows.numel(),), now, dtype=torch.int32) if now else step.index_select(0, rows) + 1
+    distinct, place = steps.unique(return_inverse=True)
+    # By the C library's pow, as in C++, and in float64: 1 - β₂ᵗ is 1e-3 at the first step.
+    sizes = [lr / (1 - math.pow(betas[0], t)) for t in distinct.tolist()]
+    roots = [1 / math.sqrt(1 - math.pow(betas[1], t)) for t in distinct.tolist()]
+    keys = _random_keys(seed, rows, steps) if seed is not None else None
+    return RowScalars(steps, torch.tensor(sizes)[place], torch.tensor(roots)[place], keys)
+
+
+def paired_moments(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """``exp_avg`` and ``exp_avg_sq`` [r, d] as views of bf16 pairs [r, d, 2], which take less work than two tables."""
+    return pairs[..., 1], pairs[..., 0]
 
 
 def adam_rows(
@@ -129,6 +165,15 @@ def stochastic_bf16(x: Tensor, random: Tensor) -> Tensor:
     """``x`` (float32) as one of the two bf16 around it, the nearer one more often; ``random``: int64 of 0 to 0xFFFF."""
     bits = x.view(torch.int32).long() & _UINT32
     return (((bits + random) & _UINT32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _random_keys(seed: int, rows: Tensor, steps: Tensor) -> Tensor:
+    """[n] int32: a hash of seed, row and step (the finaliser of SplitMix64, S. Vigna, public domain)."""
+    wrapped = seed - (1 << 64) if seed >= 1 << 63 else seed
+    x = (rows << 32) + steps.long() + wrapped
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (x >> 32).to(torch.int32)
 
 
 def _random_bits(keys: Tensor, width: int) -> Tensor:

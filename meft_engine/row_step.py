@@ -7,7 +7,7 @@ import weakref
 from typing import Any
 
 from meft_engine.joint_norm import JointNorm, clip_coefficient
-from meft_engine.optim.sparse_adam import RowUpdate, SparseCPUAdam
+from meft_engine.optim.sparse_adam import RowUpdate, SparseCPUAdam, run_now
 from meft_engine.optim.worker import UpdateError, UpdateWorker
 
 logger = logging.getLogger("meft_engine")
@@ -75,9 +75,7 @@ class RowStep:
         if self.worker is not None:
             self.worker.submit(updates)
             return
-        for update in updates:
-            update.table.expect_update(None)
-            update.run()
+        run_now(updates)
 
 
 def _close(worker: UpdateWorker) -> None:

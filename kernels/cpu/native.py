@@ -9,13 +9,14 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from meft_kernels.rows import AdamStep, Coast, RowTable
+from meft_kernels.rows import AdamStep, Coast, RowScalars, RowTable
 
 logger = logging.getLogger("meft_engine")
 
@@ -87,7 +88,13 @@ def _build(kind: str) -> ctypes.CDLL:
         )
     lib = ctypes.CDLL(str(path))
     lib.meft_adam_rows.restype = ctypes.c_int64
-    for function in ("meft_read_coasted", "meft_gather_rows", "meft_accumulate_rows", "meft_squared_norms"):
+    for function in (
+        "meft_row_scalars",
+        "meft_read_coasted",
+        "meft_gather_rows",
+        "meft_accumulate_rows",
+        "meft_squared_norms",
+    ):
         getattr(lib, function).restype = None
     return lib
 
@@ -112,6 +119,34 @@ def _ninja_on_path() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = before
+
+
+def row_scalars(
+    step: Tensor, rows: Tensor, *, now: int, lr: float, betas: tuple[float, float], seed: int | None
+) -> RowScalars:
+    """As :func:`meft_kernels.rows.row_scalars`."""
+    count = rows.numel()
+    found = RowScalars(
+        torch.empty(count, dtype=torch.int32),
+        torch.empty(count),
+        torch.empty(count),
+        torch.empty(count, dtype=torch.int32) if seed is not None else None,
+    )
+    library().meft_row_scalars(
+        _address(step, torch.int32),
+        ctypes.c_int64(count),
+        _address(rows, torch.int64),
+        ctypes.c_int32(now),
+        ctypes.c_double(lr),
+        ctypes.c_double(betas[0]),
+        ctypes.c_double(betas[1]),
+        ctypes.c_uint64(seed or 0),
+        _address(found.steps, torch.int32),
+        _address(found.step_size, torch.float32),
+        _address(found.inverse_root, torch.float32),
+        _address(found.random_key, torch.int32) if found.random_key is not None else None,
+    )
+    return found
 
 
 def adam_rows(
@@ -156,10 +191,11 @@ def gather_rows(high: Tensor, rows: Tensor, *, threads: int) -> Tensor:
     _require_rows(rows, high.shape[0])
     out = torch.empty(rows.numel(), high.shape[1])
     # The pass tells planes from whole masters by the lower plane, of which it reads nothing.
-    low = high if high.dtype == torch.bfloat16 else None
-    table = RowTable(high, low, high, high)
+    planes = high.dtype == torch.bfloat16
+    address = _address(high, high.dtype)
+    table = _Table(high.shape[1], address, address if planes else None, None, None, 0, threads)
     library().meft_gather_rows(
-        ctypes.byref(_table(table, threads)),
+        ctypes.byref(table),
         ctypes.c_int64(rows.numel()),
         _address(rows, torch.int64),
         _address(out, torch.float32),
@@ -198,11 +234,25 @@ def _table(table: RowTable, threads: int) -> _Table:
         table.high.shape[1],
         _address(table.high, table.high.dtype),
         _address(table.low, table.low.dtype) if table.low is not None else None,
-        _address(table.exp_avg, table.exp_avg.dtype),
-        _address(table.exp_avg_sq, table.exp_avg.dtype),
+        *_moments(table),
         int(table.exp_avg.dtype == torch.bfloat16),
         threads,
     )
+
+
+def _moments(table: RowTable) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    first, second = table.exp_avg, table.exp_avg_sq
+    if first.dtype != torch.bfloat16:
+        return _address(first, torch.float32), _address(second, torch.float32)
+    # As paired_moments makes them.
+    pairs = second.stride() == first.stride() == (2 * first.shape[1], 2)
+    assert (
+        pairs
+        and first.dtype == second.dtype
+        and first.data_ptr() == second.data_ptr() + 2
+        and sys.byteorder == "little"
+    )
+    return _POINTER(second.data_ptr()), _POINTER(None)
 
 
 def _coast(coast: Coast | None) -> _Coast:

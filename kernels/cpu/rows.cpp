@@ -52,9 +52,8 @@ inline uint32_t hash(uint32_t x) {
 }
 
 // bf16 to one of the two neighbours, the nearer one more often: `random` is uniform over 16 bits.
-inline uint16_t stochastic(float value, uint32_t random) {
-    return static_cast<uint16_t>((bits_of(value) + random) >> 16);
-}
+// It is left in the upper half of the result.
+inline uint32_t stochastic(float value, uint32_t random) { return bits_of(value) + random; }
 
 }  // namespace
 
@@ -65,7 +64,9 @@ struct Table {
     int64_t width;
     void* high;           // uint16 bf16 plane, or float master where `low` is null
     uint16_t* low;        // null: `high` holds whole fp32 masters
-    void* exp_avg;        // float, or uint16 where `moments_bf16`
+    // Moments are two tables of float; or, where `moments_bf16`, one of pairs in 32 bits, `exp_avg` in the upper half,
+    // so that neither widening nor narrowing costs an instruction; `exp_avg_sq` is not looked at then.
+    void* exp_avg;
     void* exp_avg_sq;
     int32_t moments_bf16;
     int32_t threads;
@@ -89,14 +90,8 @@ struct Adam {
 
 namespace {
 
-template <typename Moment>
-inline float load_moment(const Moment* p, int64_t i) {
-    if constexpr (std::is_same_v<Moment, float>) {
-        return p[i];
-    } else {
-        return float_of(static_cast<uint32_t>(p[i]) << 16);
-    }
-}
+using Pair = uint32_t;  // of bf16 moments
+constexpr Pair kUpper = 0xFFFF0000u;
 
 template <bool kPlanes>
 inline float load_master(const Table& t, int64_t i) {
@@ -108,16 +103,21 @@ inline float load_master(const Table& t, int64_t i) {
 }
 
 // Columns are worked on in chunks that stay in the first-level cache, so that each loop below is a short one that
-// compilers vectorise whole.
-constexpr int64_t kChunk = 128;
+// compilers vectorise whole. Software prefetch was tried at 64 to 2048 columns ahead, with every locality hint, and
+// gained nothing; non-temporal stores have nothing to spare, since every line that is written has been read.
+constexpr int64_t kChunk = 64;
 
 template <bool kPlanes, typename Moment>
 inline void load_chunk(const Table& t, int64_t at, int64_t count, float* w, float* m, float* v) {
     const Moment* exp_avg = static_cast<const Moment*>(t.exp_avg) + at;
-    const Moment* exp_avg_sq = static_cast<const Moment*>(t.exp_avg_sq) + at;
     for (int64_t i = 0; i < count; ++i) w[i] = load_master<kPlanes>(t, at + i);
-    for (int64_t i = 0; i < count; ++i) m[i] = load_moment(exp_avg, i);
-    for (int64_t i = 0; i < count; ++i) v[i] = load_moment(exp_avg_sq, i);
+    if constexpr (std::is_same_v<Moment, float>) {
+        std::memcpy(m, exp_avg, count * sizeof(float));
+        std::memcpy(v, static_cast<const float*>(t.exp_avg_sq) + at, count * sizeof(float));
+    } else {
+        for (int64_t i = 0; i < count; ++i) m[i] = float_of(exp_avg[i] & kUpper);
+        for (int64_t i = 0; i < count; ++i) v[i] = float_of(exp_avg[i] << 16);
+    }
 }
 
 // Brings a chunk of an idle row to date, but for its gradient; `c` are the row's coefficients.
@@ -154,7 +154,7 @@ struct Scalars {
 // the instructions on narrowing to 16 bits. Advances `i` past what it has done; returns a master's largest magnitude.
 template <bool kPlanes, typename Moment>
 inline uint32_t adam_avx2(const Scalars& s, int count, int& i, void* master, uint16_t* low, Moment* exp_avg,
-                          Moment* exp_avg_sq, const float* grad) {
+                          float* exp_avg_sq, const float* grad) {
     constexpr bool kHalf = !std::is_same_v<Moment, float>;
     const auto all = [](float x) { return _mm256_set1_ps(x); };
     const auto constant = [](uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); };
@@ -167,11 +167,11 @@ inline uint32_t adam_avx2(const Scalars& s, int count, int& i, void* master, uin
         const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xD8);
         _mm256_storeu_si256(static_cast<__m256i*>(p), packed);
     };
-    const __m256i lower = constant(0xFFFF), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i lower = constant(0xFFFF), upper = constant(kUpper), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     __m256i counter = _mm256_add_epi32(constant(s.key), _mm256_mullo_epi32(lanes, constant(kOdd)));
     __m256i largest = _mm256_setzero_si256();
     for (; i + 16 <= count; i += 16) {
-        __m256i bits[2], m_bits[2], v_bits[2], random[2];
+        __m256i bits[2];
         for (int k = 0; k < 2; ++k) {
             const int at = i + 8 * k;
             __m256 w, m, v;
@@ -182,7 +182,8 @@ inline uint32_t adam_avx2(const Scalars& s, int count, int& i, void* master, uin
                 w = _mm256_loadu_ps(static_cast<float*>(master) + at);
             }
             if constexpr (kHalf) {
-                m = as_float(upper_half(exp_avg + at)), v = as_float(upper_half(exp_avg_sq + at));
+                const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(exp_avg + at));
+                m = as_float(_mm256_and_si256(pair, upper)), v = as_float(_mm256_slli_epi32(pair, 16));
             } else {
                 m = _mm256_loadu_ps(exp_avg + at), v = _mm256_loadu_ps(exp_avg_sq + at);
             }
@@ -192,30 +193,27 @@ inline uint32_t adam_avx2(const Scalars& s, int count, int& i, void* master, uin
             const __m256 root = _mm256_add_ps(_mm256_mul_ps(_mm256_sqrt_ps(v), all(s.inverse_root)), all(s.eps));
             const __m256 move = _mm256_div_ps(_mm256_mul_ps(m, all(s.step_size)), root);
             w = _mm256_sub_ps(_mm256_mul_ps(w, all(s.decay)), move);
-            bits[k] = as_bits(w), m_bits[k] = as_bits(m), v_bits[k] = as_bits(v);
+            bits[k] = as_bits(w);
             largest = _mm256_max_epu32(largest, _mm256_and_si256(bits[k], constant(kMagnitude)));
             if constexpr (!kPlanes) _mm256_storeu_ps(static_cast<float*>(master) + at, w);
             if constexpr (kHalf) {
                 __m256i x = counter;
                 x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), constant(kFirst));
                 x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 13)), constant(kSecond));
-                random[k] = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+                x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+                const __m256i m_up = _mm256_add_epi32(as_bits(m), _mm256_and_si256(x, lower));
+                const __m256i v_up = _mm256_add_epi32(as_bits(v), _mm256_srli_epi32(x, 16));
+                const __m256i pair = _mm256_blend_epi16(_mm256_srli_epi32(v_up, 16), m_up, 0xAA);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(exp_avg + at), pair);
                 counter = _mm256_add_epi32(counter, constant(8 * kOdd));
             } else {
                 _mm256_storeu_ps(exp_avg + at, m), _mm256_storeu_ps(exp_avg_sq + at, v);
             }
         }
         if constexpr (kPlanes) {
-            const auto upper = [&](__m256i x) { return _mm256_srli_epi32(_mm256_add_epi32(x, constant(0x8000)), 16); };
-            narrow(static_cast<uint16_t*>(master) + i, upper(bits[0]), upper(bits[1]));
+            const auto round = [&](__m256i x) { return _mm256_srli_epi32(_mm256_add_epi32(x, constant(0x8000)), 16); };
+            narrow(static_cast<uint16_t*>(master) + i, round(bits[0]), round(bits[1]));
             narrow(low + i, _mm256_and_si256(bits[0], lower), _mm256_and_si256(bits[1], lower));
-        }
-        if constexpr (kHalf) {
-            const auto up = [](__m256i x, __m256i r) { return _mm256_srli_epi32(_mm256_add_epi32(x, r), 16); };
-            const auto first = [&](__m256i r) { return _mm256_and_si256(r, lower); };
-            const auto second = [](__m256i r) { return _mm256_srli_epi32(r, 16); };
-            narrow(exp_avg + i, up(m_bits[0], first(random[0])), up(m_bits[1], first(random[1])));
-            narrow(exp_avg_sq + i, up(v_bits[0], second(random[0])), up(v_bits[1], second(random[1])));
         }
     }
     uint32_t each[8], most = 0;
@@ -239,7 +237,7 @@ inline bool adam_chunk(const Table& t, const Adam& a, const Coast& coast, int64_
     Master* __restrict master = static_cast<Master*>(t.high) + at;
     uint16_t* __restrict low = t.low + at;
     Moment* __restrict exp_avg = static_cast<Moment*>(t.exp_avg) + at;
-    Moment* __restrict exp_avg_sq = static_cast<Moment*>(t.exp_avg_sq) + at;
+    float* __restrict exp_avg_sq = static_cast<float*>(t.exp_avg_sq) + at;
     const float step_size = a.step_size[j], inverse_root = a.inverse_root[j];
     const uint32_t key = (std::is_same_v<Moment, float> ? 0u : a.random_key[j]) + static_cast<uint32_t>(column) * kOdd;
     const float grad_scale = a.grad_scale, beta1 = a.beta1, rest1 = a.one_minus_beta1, beta2 = a.beta2;
@@ -258,7 +256,11 @@ inline bool adam_chunk(const Table& t, const Adam& a, const Coast& coast, int64_
             w = w_idle[i], m = m_idle[i], v = v_idle[i];
         } else {
             w = load_master<kPlanes>(t, at + i);
-            m = load_moment(exp_avg, i), v = load_moment(exp_avg_sq, i);
+            if constexpr (std::is_same_v<Moment, float>) {
+                m = exp_avg[i], v = exp_avg_sq[i];
+            } else {
+                m = float_of(exp_avg[i] & kUpper), v = float_of(exp_avg[i] << 16);
+            }
         }
         const float g = grad[i] * grad_scale;
         m = m * beta1 + g * rest1;
@@ -276,7 +278,7 @@ inline bool adam_chunk(const Table& t, const Adam& a, const Coast& coast, int64_
             exp_avg[i] = m, exp_avg_sq[i] = v;
         } else {
             const uint32_t random = hash(key + static_cast<uint32_t>(i) * kOdd);
-            exp_avg[i] = stochastic(m, random & 0xFFFFu), exp_avg_sq[i] = stochastic(v, random >> 16);
+            exp_avg[i] = (stochastic(m, random & 0xFFFFu) & kUpper) | (stochastic(v, random >> 16) >> 16);
         }
     }
     if (kPlanes && largest > kInfinity) mend_nan(t, at, count);
@@ -319,6 +321,26 @@ void read_coasted(const Table& t, const Coast& coast, float eps, int64_t n, cons
 
 extern "C" {
 
+// What AdamW needs to know of each of `n` rows: its step after this one (`now`, or where that is 0 one more than `step`
+// says), the scalars of its bias correction, and (where `random_key` is not null) a key for stochastic rounding.
+void meft_row_scalars(const int32_t* step, int64_t n, const int64_t* rows, int32_t now, double lr, double beta1,
+                      double beta2, uint64_t seed, int32_t* steps, float* step_size, float* inverse_root,
+                      uint32_t* random_key) {
+    for (int64_t j = 0; j < n; ++j) {
+        const int32_t t = now ? now : step[rows[j]] + 1;
+        // In double: 1 - beta2^t is 1e-3 at the first step, where a float would lose four digits.
+        steps[j] = t;
+        step_size[j] = static_cast<float>(lr / (1.0 - std::pow(beta1, static_cast<double>(t))));
+        inverse_root[j] = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(t))));
+        if (random_key) {  // the finaliser of SplitMix64 (S. Vigna, public domain)
+            uint64_t x = (static_cast<uint64_t>(rows[j]) << 32) + static_cast<uint64_t>(t) + seed;
+            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+            x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+            random_key[j] = static_cast<uint32_t>(x >> 32);
+        }
+    }
+}
+
 // AdamW over `n` distinct rows with gradients [n, width]; returns how many of them are no longer finite.
 int64_t meft_adam_rows(const Table* t, const Adam* a, const Coast* c, int64_t n, const int64_t* rows,
                        const float* grad) {
@@ -328,8 +350,8 @@ int64_t meft_adam_rows(const Table* t, const Adam* a, const Coast* c, int64_t n,
         return coast ? adam_rows<planes, Moment, true>(*t, *a, *c, n, rows, grad)
                      : adam_rows<planes, Moment, false>(*t, *a, *c, n, rows, grad);
     };
-    if (t->low) return t->moments_bf16 ? run(std::true_type{}, uint16_t{}) : run(std::true_type{}, float{});
-    return t->moments_bf16 ? run(std::false_type{}, uint16_t{}) : run(std::false_type{}, float{});
+    if (t->low) return t->moments_bf16 ? run(std::true_type{}, Pair{}) : run(std::true_type{}, float{});
+    return t->moments_bf16 ? run(std::false_type{}, Pair{}) : run(std::false_type{}, float{});
 }
 
 // The masters of `n` rows, brought to date but left as they are, as fp32 [n, width].
@@ -337,8 +359,8 @@ void meft_read_coasted(const Table* t, const Coast* c, float eps, int64_t n, con
     const auto run = [&](auto planes, auto moment) {
         read_coasted<planes, decltype(moment)>(*t, *c, eps, n, rows, out);
     };
-    if (t->low) return t->moments_bf16 ? run(std::true_type{}, uint16_t{}) : run(std::true_type{}, float{});
-    return t->moments_bf16 ? run(std::false_type{}, uint16_t{}) : run(std::false_type{}, float{});
+    if (t->low) return t->moments_bf16 ? run(std::true_type{}, Pair{}) : run(std::true_type{}, float{});
+    return t->moments_bf16 ? run(std::false_type{}, Pair{}) : run(std::false_type{}, float{});
 }
 
 // The compute copies of `n` rows as fp32 [n, width]; `high` is a bf16 plane, or fp32 where `low` is null.

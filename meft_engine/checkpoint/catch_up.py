@@ -12,7 +12,7 @@ from safetensors import safe_open
 from meft_engine.optim.history import StepHistory
 from meft_kernels import planes
 from meft_kernels.dispatch import row_passes
-from meft_kernels.rows import RowTable
+from meft_kernels.rows import RowTable, paired_moments
 
 if TYPE_CHECKING:
     from meft_engine.adapter.attach import AttachedAdapters
@@ -38,6 +38,8 @@ def catch_up(attached: AttachedAdapters, optimizer_file: Path, weights_file: Pat
                 if f"{name}.{kind}_low" in names:
                     low = weights.get_tensor(f"{name}.{kind}_low")
                 rows = torch.arange(table.rows)
+                if exp_avg.dtype == torch.bfloat16:
+                    exp_avg, exp_avg_sq = paired_moments(torch.stack((exp_avg_sq, exp_avg), dim=2))
                 stored = RowTable(high, low, exp_avg, exp_avg_sq)
                 found = row_passes().read_coasted(stored, rows, coast, group["eps"], threads=table.threads)
                 # Rounded as training would have read it.

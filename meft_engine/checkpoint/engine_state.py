@@ -47,7 +47,7 @@ def save(engine: MeftEngine, tag_folder: Path) -> None:
     adapter_files.save_adapter(engine.meft_adapters, partial, masters=True)
     optimizer = engine.row_optimizer
     save_file(
-        {**optimizer.saved_state(), **optimizer.histories()},
+        {name: value.contiguous() for name, value in (optimizer.saved_state() | optimizer.histories()).items()},
         partial / adapter_files.OPTIMIZER_FILE,
         metadata={"groups": json.dumps(optimizer.groups_of_tables())},
     )

@@ -137,14 +137,24 @@ class PartiallyOffloadedTensor:
 
         Raises:
             ValueError: for a finite number that is infinite in the compute copy.
+            StaleRowsError: if an update failed midway, unless all rows are set.
         """
         source = source.to("cpu", torch.float32)
         compute = source
         if self.compute_dtype == torch.bfloat16:
             compute, low = planes.split(source)
-            if bool((compute.isinf() & source.isfinite()).any()):
-                raise ValueError(f"{self.name} is given {source.abs().max():g}, which is beyond the range of bf16")
-        self.expect_update(None)
+            beyond = compute.isinf() & source.isfinite()
+            if bool(beyond.any()):
+                most = float(source[beyond].abs().max())
+                raise ValueError(f"{self.name} is given {most:g}, which is beyond the range of bf16")
+        whole = isinstance(rows, slice) and rows == slice(None)
+        if whole and self._torn and self._lock.acquire(blocking=False):
+            # An update failed midway, and all that it left is about to be replaced.
+            self._torn, self._written = False, self._expected
+            self._lock.release()
+        with self.reading():  # updates that are due come first
+            pass
+        self._expected += 1
         with self.writing():
             self._high[rows] = compute
             if self._low is not None:

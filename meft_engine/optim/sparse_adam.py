@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.optim.history import StepHistory
 from meft_kernels import planes
 from meft_kernels.dispatch import row_passes
-from meft_kernels.rows import AdamStep, Coast
+from meft_kernels.rows import AdamStep, Coast, paired_moments
 
 # Between two signs of life an update works on about this many elements.
 _BEAT_ELEMENTS = 1 << 24
@@ -45,23 +45,15 @@ class RowUpdate:
         Raises:
             NonFiniteRowsError: if rows are no longer finite.
         """
-        table = self.table.row_table(self.state["exp_avg"], self.state["exp_avg_sq"])
-        block = max(1, _BEAT_ELEMENTS // self.table.width)
-        infinite = 0
         with self.table.writing():
-            for start in range(0, self.rows.numel(), block):
-                part = slice(start, start + block)
-                key, coast = self.adam.random_key, self.coast
+            infinite = 0
+            for part in self._parts():
                 infinite += row_passes().adam_rows(
-                    table,
-                    self.rows[part],
-                    self.grad[part],
-                    self.adam._replace(
-                        step_size=self.adam.step_size[part],
-                        inverse_root=self.adam.inverse_root[part],
-                        random_key=key[part] if key is not None else None,
-                    ),
-                    coast._replace(of_row=coast.of_row[part]) if coast is not None else None,
+                    self.table.row_table(self.state["exp_avg"], self.state["exp_avg_sq"]),
+                    part.rows,
+                    part.grad,
+                    part.adam,
+                    part.coast,
                     threads=self.threads,
                 )
                 beat()
@@ -72,6 +64,34 @@ class RowUpdate:
                     f"{infinite} rows of {self.table.name} left the range of {self.table.compute_dtype} in an update; "
                     "resume from a checkpoint with a smaller learning rate"
                 )
+
+    def _parts(self) -> Iterator[RowUpdate]:
+        """The same update in parts that each last a fraction of a second."""
+        block = max(1, _BEAT_ELEMENTS // self.table.width)
+        if self.rows.numel() <= block:
+            yield self
+            return
+        for start in range(0, self.rows.numel(), block):
+            part = slice(start, start + block)
+            key, coast = self.adam.random_key, self.coast
+            yield replace(
+                self,
+                rows=self.rows[part],
+                grad=self.grad[part],
+                adam=self.adam._replace(
+                    step_size=self.adam.step_size[part],
+                    inverse_root=self.adam.inverse_root[part],
+                    random_key=key[part] if key is not None else None,
+                ),
+                coast=coast._replace(of_row=coast.of_row[part]) if coast is not None else None,
+            )
+
+
+def run_now(updates: Iterable[RowUpdate]) -> None:
+    """Run updates on this thread."""
+    for update in updates:
+        update.table.expect_update(None)
+        update.run()
 
 
 class SparseCPUAdam(torch.optim.Optimizer):
@@ -129,10 +149,13 @@ class SparseCPUAdam(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for handle in group["params"]:
                 table = self._table_of[id(handle)]
+                if moments_dtype == torch.bfloat16:
+                    moments = paired_moments(host_zeros((*handle.shape, 2), moments_dtype, huge_pages=huge_pages))
+                else:
+                    moments = [host_zeros(handle.shape, moments_dtype, huge_pages=huge_pages) for _ in range(2)]
                 self.state[handle] = {
                     "step": host_zeros((table.rows,), torch.int32),
-                    "exp_avg": host_zeros(handle.shape, moments_dtype, huge_pages=huge_pages),
-                    "exp_avg_sq": host_zeros(handle.shape, moments_dtype, huge_pages=huge_pages),
+                    **dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True)),
                 }
                 if self._histories and not table.resident:
                     table.read_current = lambda rows, t=table, i=index: self._read_current(t, i, rows)
@@ -166,9 +189,7 @@ class SparseCPUAdam(torch.optim.Optimizer):
         """Update the rows that have a gradient, times ``grad_scale`` (loss unscaling and clipping in one factor)."""
         loss = closure() if closure is not None else None
         # What torch's optimizers promise: when this returns, the step is done.
-        for update in self.updates(grad_scale):
-            update.table.expect_update(None)
-            update.run()
+        run_now(self.updates(grad_scale))
         return loss
 
     @torch.no_grad()
@@ -197,31 +218,25 @@ class SparseCPUAdam(torch.optim.Optimizer):
         group: dict[str, Any],
         grad_scale: float,
     ) -> RowUpdate:
-        state, (beta1, beta2) = self.state[table.handle], group["betas"]
+        state = self.state[table.handle]
         lr, eps = float(group["lr"]), group["eps"]
-        done = state["step"].index_select(0, rows)
-        coast = None
+        coast, now, seed = None, 0, None
         if self._histories:
             history = self._histories[index]
-            coast = history.coast(done, eps)
-            steps = torch.full_like(done, history.steps + 1)
-        else:
-            steps = done + 1
-        # Bias corrections in float64: 1 - β₂ᵗ is 1e-3 at the first step, where float32 would lose four digits.
-        t = steps.double()
-        keys = None
+            coast, now = history.coast(state["step"].index_select(0, rows), eps), history.steps + 1
         if self.moments_dtype == torch.bfloat16:
-            keys = _random_keys(self._seed, zlib.crc32(table.name.encode()), rows, steps)
+            seed = ((self._seed << 32) ^ zlib.crc32(table.name.encode())) * 0x9E3779B97F4A7C15 % (1 << 64)
+        scalars = row_passes().row_scalars(state["step"], rows, now=now, lr=lr, betas=group["betas"], seed=seed)
         adam = AdamStep(
             grad_scale=grad_scale,
-            betas=(beta1, beta2),
+            betas=group["betas"],
             eps=eps,
             decay=1 - lr * group["weight_decay"],
-            step_size=(lr / (1 - beta1**t)).float(),
-            inverse_root=(1 - beta2**t).rsqrt().float(),
-            random_key=keys,
+            step_size=scalars.step_size,
+            inverse_root=scalars.inverse_root,
+            random_key=scalars.random_key,
         )
-        return RowUpdate(table, state, rows.contiguous(), grad, steps, adam, coast, self._threads)
+        return RowUpdate(table, state, rows, grad, scalars.steps, adam, coast, self._threads)
 
     def _read_current(self, table: PartiallyOffloadedTensor, index: int, rows: Tensor) -> Tensor | None:
         state, eps = self.state[table.handle], self.param_groups[index]["eps"]
@@ -292,11 +307,3 @@ class SparseCPUAdam(torch.optim.Optimizer):
     def host_bytes(self) -> int:
         """Bytes of the optimizer's state on the host."""
         return sum(value.nbytes for state in self.state.values() for value in state.values())
-
-
-def _random_keys(seed: int, table: int, rows: Tensor, steps: Tensor) -> Tensor:
-    """[n] int32: a hash of seed, table, row and step (the finaliser of SplitMix64, S. Vigna, public domain)."""
-    x = (rows << 32) + steps.long() + (seed << 32 ^ table) * 0x9E3779B97F4A7C15 % (1 << 63)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return (x >> 32).to(torch.int32)

@@ -54,10 +54,12 @@ class UpdateWorker:
         """Announce the updates to their tables and run them in this order.
 
         Raises:
-            UpdateError: if the worker is no longer able to.
+            UpdateError: if the worker has failed or been closed.
         """
         self.check()
         with self._changed:
+            if self._closing:
+                raise UpdateError("the thread that updates rows has been closed, and nothing can be submitted to it")
             if not self._queue and self._running is None:
                 self._beat_at = time.monotonic()
             for update in updates:

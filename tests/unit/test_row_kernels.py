@@ -13,7 +13,7 @@ from torch import Tensor
 from meft_kernels import planes
 from meft_kernels import rows as in_torch
 from meft_kernels.cpu import native
-from meft_kernels.rows import AdamStep, Coast, RowTable
+from meft_kernels.rows import AdamStep, Coast, RowTable, paired_moments
 
 ROWS = 23
 # Around the 16 columns of a vector step and the 128 of a chunk, and none of either's multiples.
@@ -41,11 +41,17 @@ def make_table(width: int, master: torch.dtype, moments: torch.dtype) -> RowTabl
     w = torch.randn(ROWS, width) * torch.logspace(-6, 2, ROWS)[:, None]
     m, v = torch.randn(ROWS, width) * 1e-2, torch.rand(ROWS, width) ** 8
     high, low = planes.split(w) if master == BF16 else (w, None)
-    return RowTable(high, low, m.to(moments), v.to(moments))
+    return RowTable(high, low, *laid_out(m.to(moments), v.to(moments)))
+
+
+def laid_out(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of moments, placed as the passes want them."""
+    return paired_moments(torch.stack((v, m), dim=2)) if m.dtype == BF16 else (m.clone(), v.clone())
 
 
 def copy_of(table: RowTable) -> RowTable:
-    return RowTable(*(x.clone() if x is not None else None for x in table))
+    low = table.low.clone() if table.low is not None else None
+    return RowTable(table.high.clone(), low, *laid_out(table.exp_avg, table.exp_avg_sq))
 
 
 def masters(table: RowTable) -> Tensor:
@@ -53,7 +59,7 @@ def masters(table: RowTable) -> Tensor:
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def assert_same_bits(found: RowTable | tuple[Tensor, ...], expected: RowTable | tuple[Tensor, ...]) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.optim import sparse_adam
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_kernels import rows as in_torch
 from meft_kernels.cpu import native
-from meft_kernels.rows import AdamStep, RowTable
+from meft_kernels.rows import AdamStep, RowTable, paired_moments
 
 BF16 = torch.bfloat16
 # Shares of the way from one bf16 to the next, an awkward mantissa, both signs, and magnitudes from tiny to huge.
@@ -23,17 +24,19 @@ NUMBERS = torch.tensor(
 )
 
 
-@pytest.fixture(params=["compiled", "pytorch"])
-def passes(request) -> ModuleType:
+@pytest.fixture(params=["compiled", "pytorch"], autouse=True)
+def passes(request, monkeypatch) -> ModuleType:
     if request.param == "compiled" and native.library() is None:
         pytest.skip("no compiled row kernels here")
-    return native if request.param == "compiled" else in_torch
+    chosen = native if request.param == "compiled" else in_torch
+    monkeypatch.setattr(sparse_adam, "row_passes", lambda: chosen)
+    return chosen
 
 
 def draw(passes: ModuleType, grad: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """``grad`` and its squares, rounded: with betas of 0 they are what is stored as moments."""
     high, low = torch.zeros(grad.shape, dtype=BF16), torch.zeros(grad.shape, dtype=torch.int16)
-    table = RowTable(high, low, torch.zeros_like(high), torch.zeros_like(high))
+    table = RowTable(high, low, *paired_moments(torch.zeros(*grad.shape, 2, dtype=BF16)))
     ones = torch.ones(len(grad))
     step = AdamStep(1.0, (0.0, 0.0), 1e-8, 1.0, ones * 1e-6, ones, keys)
     passes.adam_rows(table, torch.arange(len(grad)), grad, step, threads=2)

@@ -47,7 +47,7 @@ class Update:
         while self.gate is not None and not self.gate.wait(0.005):
             beat()
         with self.table.writing():
-            high, _ = self.table.planes()
+            high = self.table.row_table(None, None).high  # the rows themselves, without waiting
             high[: ROWS // 2] = self.number
             self.inside()
             high[ROWS // 2 :] = self.number
@@ -165,7 +165,7 @@ def test_a_failure_is_raised_where_rows_are_waited_for_and_ever_after(worker, bl
             use()
     assert time.monotonic() - started < PATIENCE / 2
     worker._thread.join(timeout=PATIENCE)
-    assert not worker._thread.is_alive() and (behind.planes()[0] == 0).all()
+    assert not worker._thread.is_alive() and (behind.row_table(None, None).high == 0).all()
 
 
 def test_a_hang_is_told_within_the_timeout():
@@ -179,13 +179,12 @@ def test_a_hang_is_told_within_the_timeout():
     worker.submit([Update(table, 4.0, inside=sleeps), Update(behind)])
     started = time.monotonic()
     try:
-        for use in every_later_use(worker, table)[:-2] + [lambda: behind.compute_copy()]:
+        for use in (lambda: behind.gather(torch.tensor([0])), *every_later_use(worker, table)[:5]):
             with pytest.raises(UpdateError, match=r"(?s)no sign of life for \S+ s .*worker_timeout = 0.1\).*in sleeps"):
                 use()
         assert 0.1 < time.monotonic() - started < PATIENCE / 4
     finally:
         go_on.set()
-    worker._thread.join(timeout=0.01)
     deadline = time.monotonic() + PATIENCE
     while worker._running is not None or worker._queue:
         assert time.monotonic() < deadline
@@ -214,8 +213,8 @@ def test_idle_time_is_no_silence():
 
 
 def test_a_table_is_unreadable_after_an_update_that_failed_midway():
-    """Without a worker, where the failure itself was raised at once."""
-    table = make_table("damaged")
+    """Without a worker, where the failure itself was raised at once; also where rows may be an update old."""
+    table = make_table("damaged", max_staleness=1)
     table.expect_update(None)
     with pytest.raises(ArithmeticError):
         Update(table, inside=raises_error).run(lambda: None)
