@@ -360,3 +360,35 @@ def test_the_thread_may_use_the_cores_of_the_process_though_its_parent_may_not()
         os.sched_setaffinity(0, mine)
         resting.set()
     assert seen == [everyone, {max(mine)}]
+
+
+def test_a_write_waits_for_what_is_due_and_later_readers_do_too(worker, gate):
+    table = make_table()
+    worker.submit([Update(table, 1.0, gate)])
+    threading.Timer(0.05, gate.set).start()
+    table.write(torch.tensor([2]), torch.full((1, WIDTH), 5.0))
+    assert table.master[:, 0].tolist() == [5.0 if row == 2 else 1.0 for row in range(ROWS)]
+    worker.submit([Update(table, 3.0)])
+    assert (table.compute_copy() == 3.0).all()
+
+
+def test_only_setting_all_rows_mends_a_table_that_an_update_left_half_written():
+    table = make_table(max_staleness=1)
+    table.expect_update(None)
+    with pytest.raises(OSError), table.writing():
+        raise OSError
+    with pytest.raises(StaleRowsError, match="half updated"):
+        table.write(torch.tensor([2]), torch.ones(1, WIDTH))
+    for latest in (True, False):
+        with pytest.raises(StaleRowsError, match="half updated"):
+            table.gather(torch.tensor([2]), latest=latest)
+    table.fill(torch.full((ROWS, WIDTH), 4.0))
+    assert (table.gather(torch.arange(ROWS)) == 4.0).all()
+
+
+def test_nothing_can_be_submitted_to_a_closed_worker():
+    closed, table = UpdateWorker(PATIENCE), make_table()
+    closed.close()
+    with pytest.raises(UpdateError, match="closed"):
+        closed.submit([Update(table)])
+    assert (table.compute_copy() == 0).all()
