@@ -197,8 +197,17 @@ class SparseCPUAdam(torch.optim.Optimizer):
         """Begin a step: one update for each table that has a gradient, in the order of the groups.
 
         All of them have to run before the next step begins.
+
+        Raises:
+            ValueError: if eps changes in the mode "dense_equivalent", or lr · weight decay reaches 1 there.
         """
         updates = []
+        for history, group in zip(self._histories, self.param_groups, strict=False):
+            if group["eps"] != group.setdefault("eps_of_history", group["eps"]) and history.steps:
+                raise ValueError(
+                    f"eps changes from {group['eps_of_history']:g} to {group['eps']:g}, but in the mode "
+                    '"dense_equivalent" idle rows have steps to make up for that were taken with the former; keep it'
+                )
         for index, group in enumerate(self.param_groups):
             for handle in group["params"]:
                 table = self._table_of[id(handle)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import meft_engine
 from tests.families import fill_values, tiny_block, tiny_llama, token_ids
 from tests.integration.engines import batch, build_engine, train_step
 
@@ -155,3 +156,31 @@ def test_the_saved_adapter_is_in_the_compute_precision(engines, tmp_path):
         assert rows == {dtype}
     described = json.loads((tmp_path / "bf16" / "adapter_config.json").read_text())
     assert described["meft"]["adapter"]["rows"] == 35 and described["compute_dtype"] == "bf16"
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_idle_rows_of_a_checkpoint_catch_up_when_it_is_loaded(bf16, moments, tmp_path):
+    """In the mode "dense_equivalent" a checkpoint holds rows as stored, an exported adapter rows brought to date."""
+    block = tiny_block({"rows": 500}, optimizer={"mode": "dense_equivalent", "moments_dtype": moments})
+    engine = build_engine(tiny_llama(), block, stage=2, bf16=bf16, adam=ADAM)
+    fill_values(engine.meft_adapters)
+    for step in range(6):
+        train_step(engine, [batch(step, size=1, length=3)])
+    engine.save_checkpoint(str(tmp_path / "checkpoint"))
+    engine.save_adapter(tmp_path / "exported")
+    loaded = []
+    for folder in ("checkpoint", "exported"):
+        model = tiny_llama()
+        meft_engine.load_adapter(model, tmp_path / folder)
+        loaded.append([m.meft_adapter for m in model.modules() if hasattr(m, "meft_adapter")])
+    behind = 0
+    for mine, resumed, exported in zip(engine.meft_adapters.adapters.values(), *loaded, strict=True):
+        for kind in ("keys", "values"):
+            found, expected = (getattr(adapter, kind).planes()[0] for adapter in (resumed, exported))
+            assert torch.equal(found, expected)
+            behind += int((getattr(mine, kind).planes()[0] != expected).any(1).sum())
+        # What the engine computes with is what the exported adapter has.
+        rows = torch.arange(500)
+        assert torch.equal(mine.values.gather(rows), exported.values.gather(rows))
+    assert behind > 50, "rows must have been idle, or nothing is tested"

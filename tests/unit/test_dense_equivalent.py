@@ -134,3 +134,13 @@ def test_state_dict_carries_the_history():
         t.accumulate(torch.arange(ROWS), torch.ones(ROWS, WIDTH))
         o.step()
     assert torch.equal(again.master, table.master)
+
+
+def test_eps_has_to_stay():
+    """Idle rows make up for their steps with one eps."""
+    table, optimizer = make(torch.float32, "dense_equivalent")
+    table.accumulate(torch.tensor([1]), torch.ones(1, WIDTH))
+    optimizer.step()
+    optimizer.param_groups[0]["eps"] = 1e-6
+    with pytest.raises(ValueError, match="eps changes from 1e-08 to 1e-06"):
+        optimizer.step()
