@@ -11,19 +11,14 @@ from torch import Tensor
 
 from meft_engine.offload import gradients
 from meft_engine.offload.gradients import GradientAccumulator
-from meft_kernels import rows as in_torch
-from meft_kernels.cpu import native
 
 ROWS, WIDTH = 61, 19
 
 
-@pytest.fixture(params=["compiled", "pytorch"], autouse=True)
-def passes(request, monkeypatch) -> ModuleType:
-    if request.param == "compiled" and native.library() is None:
-        pytest.skip("no compiled row kernels here")
-    chosen = native if request.param == "compiled" else in_torch
-    monkeypatch.setattr(gradients, "row_passes", lambda: chosen)
-    return chosen
+@pytest.fixture(autouse=True)
+def passes(each_passes, monkeypatch) -> ModuleType:
+    monkeypatch.setattr(gradients, "row_passes", lambda: each_passes)
+    return each_passes
 
 
 def bits(x: Tensor) -> Tensor:

@@ -16,16 +16,14 @@ from meft_kernels.cpu import native
 from meft_kernels.rows import AdamStep, Coast, RowTable, paired_moments
 
 ROWS = 23
-# Around the 16 columns of a vector step and the 128 of a chunk, and none of either's multiples.
+# On and around multiples of the 16 columns of a vector step and of the 64 of a chunk.
 WIDTHS = [1, 7, 16, 31, 128, 129, 577]
 BETAS, EPS = (0.9, 0.97), 1e-6
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(scope="module")
-def libraries() -> dict[str, ctypes.CDLL]:
-    if native.library() is None:
-        pytest.skip("no compiled row kernels here")
+def libraries(compiled_passes) -> dict[str, ctypes.CDLL]:
     return {kind: native._build(kind) for kind in ("native", "portable")}
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.optim import sparse_adam
 from meft_engine.optim.sparse_adam import SparseCPUAdam
-from meft_kernels import rows as in_torch
-from meft_kernels.cpu import native
 from meft_kernels.rows import AdamStep, RowTable, paired_moments
 
 BF16 = torch.bfloat16
@@ -24,13 +22,10 @@ NUMBERS = torch.tensor(
 )
 
 
-@pytest.fixture(params=["compiled", "pytorch"], autouse=True)
-def passes(request, monkeypatch) -> ModuleType:
-    if request.param == "compiled" and native.library() is None:
-        pytest.skip("no compiled row kernels here")
-    chosen = native if request.param == "compiled" else in_torch
-    monkeypatch.setattr(sparse_adam, "row_passes", lambda: chosen)
-    return chosen
+@pytest.fixture(autouse=True)
+def passes(each_passes, monkeypatch) -> ModuleType:
+    monkeypatch.setattr(sparse_adam, "row_passes", lambda: each_passes)
+    return each_passes
 
 
 def draw(passes: ModuleType, grad: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
