@@ -39,6 +39,10 @@ class Ours:
         self.optimizer.zero_grad()
         self.table.accumulate(rows, grad)
 
+    def prepare_all(self, grad: Tensor) -> None:
+        """Hand over a gradient [r, d] of all rows, in random order."""
+        self.prepare(torch.randperm(self.table.rows), grad)
+
     def step(self) -> None:
         """Update the rows that have a gradient, as the engine does."""
         run_now(self.optimizer.updates())
@@ -59,7 +63,7 @@ class DenseDeepSpeed:
         self.parameter = torch.nn.Parameter(start.clone())
         self.optimizer = DeepSpeedCPUAdam([self.parameter], LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
 
-    def prepare(self, grad: Tensor) -> None:
+    def prepare_all(self, grad: Tensor) -> None:
         """Hand over the gradient [r, d]."""
         self.parameter.grad = grad
 
@@ -80,33 +84,10 @@ class TorchSparse:
         shape = self.parameter.shape
         self.parameter.grad = torch.sparse_coo_tensor(rows[None], grad, shape, check_invariants=False).coalesce()
 
+    def prepare_all(self, grad: Tensor) -> None:
+        """Hand over a gradient [r, d] of all rows."""
+        self.prepare(torch.randperm(grad.shape[0]), grad)
+
     def step(self) -> None:
         """Update the rows of the gradient."""
         self.optimizer.step()
-
-
-class Tiny:
-    """All contestants once more with tables of a few kilobytes, whose steps run the same code over other data."""
-
-    ROWS, WIDTH = 16, 32
-
-    def __init__(self, threads: int) -> None:
-        start = torch.zeros(self.ROWS, self.WIDTH)
-        self._ours = Ours(self.ROWS, self.WIDTH, threads)
-        self._dense, self._sparse = DenseDeepSpeed(start), TorchSparse(start)
-        self._rows, self._grad = torch.arange(self.ROWS), torch.ones(self.ROWS, self.WIDTH)
-        self._dense.prepare(self._grad)
-
-    def ours(self) -> None:
-        """A step of ours."""
-        self._ours.prepare(self._rows, self._grad)
-        self._ours.step()
-
-    def dense(self) -> None:
-        """A step of DeepSpeedCPUAdam."""
-        self._dense.step()
-
-    def sparse(self) -> None:
-        """A step of SparseAdam."""
-        self._sparse.prepare(self._rows, self._grad)
-        self._sparse.step()

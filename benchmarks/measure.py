@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from contestants import BYTES_PER_ELEMENT_BF16_MOMENTS
+from torch import Tensor
 
 _COLUMNS = (
     *("contestant", "case", "rows", "repetitions", "median_ms", "first_quartile_ms", "third_quartile_ms"),
@@ -55,23 +58,39 @@ class Timing:
         return f"{text}, {self.bandwidth / 1e9:.1f} GB/s; floor {floor * 1e3:.2f} ms, ×{self.median / floor:.2f}"
 
 
-class Stopwatch:
-    """Times calls that begin with cold data: before each, a buffer of four times the last-level cache is rewritten.
+class Contestant(Protocol):
+    """An optimizer and its table."""
 
-    What was generated a moment ago would otherwise lie in the cache for small cases and not for large ones. This
-    drives out code as well, which in a model's step is cold for the first of its tables and warm for all others; a call
-    that does the same to a tiny table of its own (``warm_up``) brings it back.
+    def prepare_all(self, grad: Tensor) -> None:
+        """Hand over a gradient of all rows."""
+
+    def step(self) -> None:
+        """Update the rows that have a gradient."""
+
+
+class Stopwatch:
+    """Times steps in the middle of a model: just before, the same optimizer has updated another table.
+
+    So data are cold, whatever was generated a moment ago, and code is warm; and the caches are full of lines that have
+    still to be written back, as many as such a step leaves behind itself. Were they clean, a small case would not pay for
+    what it leaves; were they all changed, it would pay for what others have left.
+
+    Args:
+        cache_bytes: of the last-level cache; the other table's update moves at least four times as many.
+        width: of the tables.
     """
 
-    def __init__(self, cache_bytes: int) -> None:
-        self._buffer = torch.zeros(max(1, cache_bytes))
+    def __init__(self, cache_bytes: int, width: int) -> None:
+        self.rows = max(16, -(-4 * cache_bytes // (BYTES_PER_ELEMENT_BF16_MOMENTS * width)))
+        """Of the other tables."""
+        self._grad = torch.randn(self.rows, width)
 
-    def time(self, timing: Timing, call: Callable[[], object], warm_up: Callable[[], object]) -> None:
-        """Call once and add the seconds to ``timing``."""
-        self._buffer.add_(1)
-        warm_up()
+    def time(self, timing: Timing, contestant: Contestant, other: Contestant) -> None:
+        """Add the seconds of a step of ``contestant`` to ``timing``, after one of ``other``, a smaller one of its kind."""
+        other.prepare_all(self._grad)
+        other.step()
         start = time.perf_counter()
-        call()
+        contestant.step()
         timing.seconds.append(time.perf_counter() - start)
 
 

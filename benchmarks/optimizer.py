@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import overlap
 import psutil
 import torch
-from contestants import BYTES_PER_ELEMENT, BYTES_PER_ELEMENT_BF16_MOMENTS, DenseDeepSpeed, Ours, Tiny, TorchSparse
+from contestants import BYTES_PER_ELEMENT, BYTES_PER_ELEMENT_BF16_MOMENTS, DenseDeepSpeed, Ours, TorchSparse
 from machine import describe, footnote, last_level_cache
 from measure import Stopwatch, Timing, copy_bandwidth, write_csv
 from plot import draw
@@ -58,15 +60,17 @@ class Contest:
         return [*self.ours.values(), self.half, *self.sparse.values(), self.dense]
 
 
-def run_contest(rows: int, width: int, threads: int, repetitions: int, watch: Stopwatch, bar: tqdm) -> Contest:
-    """Step all contestants in turn, with new rows and gradients in each repetition."""
+def run_contest(rows: int, width: int, threads: int, repetitions: int, cache: int, bar: tqdm) -> Contest:
+    """Step all contestants in random order, with new rows and gradients in each repetition."""
     start = torch.randn(rows, width).mul_(0.02)
     ours, half = Ours(rows, width, threads), Ours(rows, width, threads, torch.bfloat16)
     dense, sparse = DenseDeepSpeed(start), TorchSparse(start)
     for table in (ours.table, half.table):
         table.fill(start)
-    del start
-    tiny = Tiny(threads)
+    # The tables that are updated before.
+    watch = Stopwatch(cache, width)
+    few = start[: watch.rows]
+    others = Ours(*few.shape, threads), Ours(*few.shape, threads, torch.bfloat16), DenseDeepSpeed(few), TorchSparse(few)
     counts = {share: max(1, round(rows * share / 100)) for share in SHARES}
 
     def bytes_of(share: float, per_element: int = BYTES_PER_ELEMENT) -> int:
@@ -82,51 +86,53 @@ def run_contest(rows: int, width: int, threads: int, repetitions: int, watch: St
         if share <= LARGEST_SPARSE:
             found.sparse[share] = Timing("torch SparseAdam", case, counts[share], bytes_of(share))
 
-    grad = torch.empty(rows, width)
-    dense.prepare(grad)
+    grad, order = torch.empty(rows, width), torch.arange(rows)
+    dense.prepare_all(grad)
+
+    def step(timing: Timing, contestant: Ours | TorchSparse, other: Ours | TorchSparse) -> None:
+        contestant.prepare(order[: timing.rows], grad[: timing.rows])
+        watch.time(timing, contestant, other)
+
+    cases = [partial(step, timing, ours, others[0]) for timing in found.ours.values()]
+    cases += [partial(step, found.half, half, others[1])]
+    cases += [partial(watch.time, found.dense, dense, others[2])] * len(COMPARED)
+    cases += [partial(step, timing, sparse, others[3]) for timing in found.sparse.values()]
     for repetition in range(-1, repetitions):
         grad.normal_()
-        for share in SHARES:
-            touched = torch.randperm(rows)[: counts[share]]
-            part = grad[: counts[share]]
-            ours.prepare(touched, part)
-            watch.time(found.ours[share], ours.step, tiny.ours)
-            if share in COMPARED:
-                watch.time(found.dense, dense.step, tiny.dense)
-            if share == 10:
-                half.prepare(touched, part)
-                watch.time(found.half, half.step, tiny.ours)
-            if share <= LARGEST_SPARSE:
-                sparse.prepare(touched, part)
-                watch.time(found.sparse[share], sparse.step, tiny.sparse)
+        order = torch.randperm(rows)
+        # What ran before, and for how long, is felt by what runs next.
+        random.shuffle(cases)
+        for case in cases:
+            case()
         if repetition < 0:  # the first steps allocate, compile and warm up
             for timing in found.timings():
                 timing.seconds.clear()
         bar.update()
-    ours.close()
-    half.close()
+    for contestant in (ours, half, *others[:2]):
+        contestant.close()
     return found
 
 
-def run_growth(rows: int, width: int, threads: int, repetitions: int, watch: Stopwatch, bar: tqdm) -> list[Timing]:
+def run_growth(rows: int, width: int, threads: int, repetitions: int, cache: int, bar: tqdm) -> list[Timing]:
     """Update equally many rows of a table and of one with many times the rows, in turn."""
     sizes = (rows, GROWTH * rows)
     count = min(GROWTH_ROWS, rows // 8)
-    tiny = Tiny(threads)
     tables = [Ours(size, width, threads) for size in sizes]
+    watch = Stopwatch(cache, width)
+    other = Ours(watch.rows, width, threads)
     grad = torch.empty(count, width)
     found = [
         Timing("ours", f"{count:,} of {size:,} x {width}", count, count * width * BYTES_PER_ELEMENT) for size in sizes
     ]
     for repetition in range(-1, repetitions):
         grad.normal_()
-        for table, size, timing in zip(tables, sizes, found, strict=True):
-            table.prepare(torch.randperm(size)[:count], grad)
-            watch.time(timing, table.step, tiny.ours)
+        for k in random.sample(range(2), 2):
+            tables[k].prepare(torch.randperm(sizes[k])[:count], grad)
+            watch.time(found[k], tables[k], other)
             if repetition < 0:
-                timing.seconds.clear()
+                found[k].seconds.clear()
         bar.update()
-    for table in tables:
+    for table in (*tables, other):
         table.close()
     return found
 
@@ -176,7 +182,7 @@ def show(figures: dict[str, float], floors: dict[str, float], quick: bool) -> No
 
 
 def check_sizes(args: argparse.Namespace) -> int:
-    """The last-level cache in bytes, after a check that the tables are far larger and fit into memory.
+    """The last-level cache in bytes (quick: 0), after a check that the tables are far larger and fit into memory.
 
     Raises:
         SystemExit: with one sentence, if they do not.
@@ -201,7 +207,7 @@ def check_sizes(args: argparse.Namespace) -> int:
             f"--rows {args.rows} and --width {args.width} need {need / 2**30:.1f} GiB of memory; "
             f"{available / 2**30:.1f} GiB are available"
         )
-    return cache
+    return 0 if args.quick else cache
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -234,14 +240,13 @@ def main() -> int:
     cache, busy = check_sizes(args), psutil.cpu_percent(interval=1.0)
     if busy > 10:
         print(f"WARNING: other work keeps the cores {busy:.0f} % busy; two threads then wait for each other")
-    watch = Stopwatch(cache)
     layers = 4 if args.quick else 16
     overlapped = max(3, args.repetitions // 3)
 
     copy = copy_bandwidth(max(args.rows * args.width, cache), 7)
     with tqdm(total=2 * args.repetitions + 2 + overlapped, disable=None, unit="round") as bar:
         bar.set_description("steps of one table")
-        contest = run_contest(args.rows, args.width, args.threads, args.repetitions, watch, bar)
+        contest = run_contest(args.rows, args.width, args.threads, args.repetitions, cache, bar)
         gc.collect()
         floor = contest.dense.bandwidth
         tqdm.write(
@@ -252,7 +257,7 @@ def main() -> int:
             tqdm.write(timing.line(floor))
 
         bar.set_description("growth with the table")
-        growth = run_growth(args.rows, args.width // 2, args.threads, args.repetitions, watch, bar)
+        growth = run_growth(args.rows, args.width // 2, args.threads, args.repetitions, cache, bar)
         gc.collect()
         for timing in growth:
             tqdm.write(timing.line(floor))

@@ -125,8 +125,8 @@ def adam_rows(
             finite = high.isfinite()
         infinite += int((~finite.all(1)).sum())
         if table.exp_avg.dtype == torch.bfloat16:
-            random = _random_bits(step.random_key[part], grad.shape[1])
-            m, v = stochastic_bf16(m, random & 0xFFFF), stochastic_bf16(v, random >> 16)
+            for_m, for_v = _random_bits(step.random_key[part], grad.shape[1])
+            m, v = stochastic_bf16(m, for_m), stochastic_bf16(v, for_v)
         table.exp_avg.index_copy_(0, ids, m)
         table.exp_avg_sq.index_copy_(0, ids, v)
     return infinite
@@ -176,13 +176,13 @@ def _random_keys(seed: int, rows: Tensor, steps: Tensor) -> Tensor:
     return (x >> 32).to(torch.int32)
 
 
-def _random_bits(keys: Tensor, width: int) -> Tensor:
-    """[n, d] int64 of 32 random bits each, by MurmurHash3's finaliser (A. Appleby, public domain)."""
-    columns = torch.arange(width) * 0x9E3779B9
-    x = ((keys.long()[:, None] & _UINT32) + columns) & _UINT32
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _UINT32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _UINT32
-    return x ^ (x >> 16)
+def _random_bits(keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """16 random bits for each moment, int64 [n, d]; ``kernels/cpu/row_table.h`` says how and why."""
+    columns = torch.arange(width)
+    x = ((keys.long()[:, None] & _UINT32) + (columns // 16 * 8 + columns % 8) * 0x9E3779B9) & _UINT32
+    x = ((x ^ (x >> 15)) * 0xC2B2AE35) & _UINT32
+    low, high, swapped = x & 0xFFFF, x >> 16, columns % 16 >= 8
+    return torch.where(swapped, high, low), torch.where(swapped, low, high)
 
 
 def _load(table: RowTable, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

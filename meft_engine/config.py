@@ -171,7 +171,7 @@ class OffloadConfig(_Section):
     pin_memory: bool = True
     """Pin the rows' host memory, so that copies to a GPU are fast. Without a GPU there is nothing to pin it for."""
 
-    huge_pages: bool = False
+    huge_pages: bool = True
     """Ask the system for pages of 2 MiB for rows and moments (Linux: transparent huge pages, ``madvise``)."""
 
 

@@ -3,108 +3,21 @@
 // A row is visited once, and every pass is limited by memory. Rows are independent, so results do not depend on the
 // number of threads. Each arithmetic operation is rounded on its own (the build forbids contraction), so that the
 // PyTorch path in kernels/rows.py gives the same bits. Plain C symbols over raw pointers: Python calls them through
-// ctypes, which releases the GIL, and the file compiles in seconds because it includes nothing of torch.
+// ctypes, which releases the GIL, and the files compile in seconds because they include nothing of torch.
+
+#include "row_table.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
 
 #if defined(__AVX2__)
-#include <immintrin.h>
+#include "adam_avx2.h"
 #endif
 
 namespace {
 
-inline float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-constexpr uint32_t kMagnitude = 0x7FFFFFFFu;  // without the sign
-constexpr uint32_t kInfinity = 0x7F800000u;
-constexpr uint32_t kTooLarge = kInfinity - 0x8000u;  // from here on a master's bf16 is infinite, or it is NaN
-
-// A master is two planes of 16 bits: its bf16 to nearest, ties away from zero, and the rest, as the signed difference
-// of bit patterns. That difference is simply the lower half, read as signed. NaN is mended afterwards (`mend_nan`).
-inline uint16_t high_plane(uint32_t bits) { return static_cast<uint16_t>((bits + 0x8000u) >> 16); }
-
-inline float join(uint16_t high, uint16_t low) {
-    const int32_t difference = static_cast<int16_t>(low);
-    return float_of((static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(difference));
-}
-
-// A counter hash (the finaliser of MurmurHash3, A. Appleby, public domain): 32 random bits for a row key and a column.
-constexpr uint32_t kOdd = 0x9E3779B9u, kFirst = 0x85EBCA6Bu, kSecond = 0xC2B2AE35u;
-
-inline uint32_t hash(uint32_t x) {
-    x = (x ^ (x >> 16)) * kFirst;
-    x = (x ^ (x >> 13)) * kSecond;
-    return x ^ (x >> 16);
-}
-
-// bf16 to one of the two neighbours, the nearer one more often: `random` is uniform over 16 bits.
-// It is left in the upper half of the result.
-inline uint32_t stochastic(float value, uint32_t random) { return bits_of(value) + random; }
-
-}  // namespace
-
-extern "C" {
-
-// Of the passes that read or write parameters. The layouts of the three structs are repeated in native.py.
-struct Table {
-    int64_t width;
-    void* high;           // uint16 bf16 plane, or float master where `low` is null
-    uint16_t* low;        // null: `high` holds whole fp32 masters
-    // Moments are two tables of float; or, where `moments_bf16`, one of pairs in 32 bits, `exp_avg` in the upper half,
-    // so that neither widening nor narrowing costs an instruction; `exp_avg_sq` is not looked at then.
-    void* exp_avg;
-    void* exp_avg_sq;
-    int32_t moments_bf16;
-    int32_t threads;
-};
-
-// How idle rows move on, `stride` floats for each distinct idle time:
-//   decay, beta1 product, beta2 product, then `terms` pairs (a, b):  w = decay w - m Σ a / (√v b + eps)
-struct Coast {
-    const int32_t* of_row;     // null: rows have no idle time
-    const float* coefficients;
-    int64_t terms;
-};
-
-struct Adam {
-    float grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay;
-    const float* step_size;          // [n] lr / (1 - beta1^t)
-    const float* inverse_root;       // [n] 1 / √(1 - beta2^t)
-    const uint32_t* random_key;      // [n] for bf16 moments
-};
-}
-
-namespace {
-
-using Pair = uint32_t;  // of bf16 moments
-constexpr Pair kUpper = 0xFFFF0000u;
-
-template <bool kPlanes>
-inline float load_master(const Table& t, int64_t i) {
-    if constexpr (kPlanes) {
-        return join(static_cast<const uint16_t*>(t.high)[i], t.low[i]);
-    } else {
-        return static_cast<const float*>(t.high)[i];
-    }
-}
-
-// Columns are worked on in chunks that stay in the first-level cache, so that each loop below is a short one that
-// compilers vectorise whole. Software prefetch was tried at 64 to 2048 columns ahead, with every locality hint, and
-// gained nothing; non-temporal stores have nothing to spare, since every line that is written has been read.
+// Idle rows are brought to date in chunks that stay in the first-level cache, so that each loop is a short one that
+// compilers vectorise whole.
 constexpr int64_t kChunk = 64;
 
 template <bool kPlanes, typename Moment>
@@ -134,98 +47,38 @@ inline void coast_chunk(const float* c, int64_t terms, float eps, int64_t count,
     for (int64_t i = 0; i < count; ++i) v[i] = v[i] * c[2];
 }
 
-// Rounding can carry a NaN over into a zero of the other sign. Its planes still join to it, so it can be found again.
-inline void mend_nan(const Table& t, int64_t at, int count) {
-    uint16_t* high = static_cast<uint16_t*>(t.high) + at;
-    for (int i = 0; i < count; ++i) {
-        const uint32_t bits = bits_of(join(high[i], t.low[at + i]));
-        if ((bits & kMagnitude) > kInfinity) high[i] = static_cast<uint16_t>((bits >> 16) | 0x0040u), t.low[at + i] = 0;
-    }
-}
-
-// What the chunk's loop needs of a row, in registers.
-struct Scalars {
-    float grad_scale, beta1, rest1, beta2, rest2, eps, decay, step_size, inverse_root;
-    uint32_t key;
-};
-
-#if defined(__AVX2__)
-// The same as the plain loop in adam_chunk, 16 columns at a time. Compilers vectorise that loop too, but spend twice
-// the instructions on narrowing to 16 bits. Advances `i` past what it has done; returns a master's largest magnitude.
-template <bool kPlanes, typename Moment>
-inline uint32_t adam_avx2(const Scalars& s, int count, int& i, void* master, uint16_t* low, Moment* exp_avg,
-                          float* exp_avg_sq, const float* grad) {
-    constexpr bool kHalf = !std::is_same_v<Moment, float>;
-    const auto all = [](float x) { return _mm256_set1_ps(x); };
-    const auto constant = [](uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); };
-    const auto load8 = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
-    const auto upper_half = [&](const void* p) { return _mm256_slli_epi32(_mm256_cvtepu16_epi32(load8(p)), 16); };
-    const auto as_float = [](__m256i x) { return _mm256_castsi256_ps(x); };
-    const auto as_bits = [](__m256 x) { return _mm256_castps_si256(x); };
-    // Stores 16 words, each in the lower half of its lane.
-    const auto narrow = [](void* p, __m256i x, __m256i y) {
-        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xD8);
-        _mm256_storeu_si256(static_cast<__m256i*>(p), packed);
-    };
-    const __m256i lower = constant(0xFFFF), upper = constant(kUpper), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    __m256i counter = _mm256_add_epi32(constant(s.key), _mm256_mullo_epi32(lanes, constant(kOdd)));
-    __m256i largest = _mm256_setzero_si256();
-    for (; i + 16 <= count; i += 16) {
-        __m256i bits[2];
-        for (int k = 0; k < 2; ++k) {
-            const int at = i + 8 * k;
-            __m256 w, m, v;
-            if constexpr (kPlanes) {
-                const __m256i difference = _mm256_cvtepi16_epi32(load8(low + at));
-                w = as_float(_mm256_add_epi32(upper_half(static_cast<uint16_t*>(master) + at), difference));
-            } else {
-                w = _mm256_loadu_ps(static_cast<float*>(master) + at);
-            }
-            if constexpr (kHalf) {
-                const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(exp_avg + at));
-                m = as_float(_mm256_and_si256(pair, upper)), v = as_float(_mm256_slli_epi32(pair, 16));
-            } else {
-                m = _mm256_loadu_ps(exp_avg + at), v = _mm256_loadu_ps(exp_avg_sq + at);
-            }
-            const __m256 g = _mm256_mul_ps(_mm256_loadu_ps(grad + at), all(s.grad_scale));
-            m = _mm256_add_ps(_mm256_mul_ps(m, all(s.beta1)), _mm256_mul_ps(g, all(s.rest1)));
-            v = _mm256_add_ps(_mm256_mul_ps(v, all(s.beta2)), _mm256_mul_ps(_mm256_mul_ps(g, g), all(s.rest2)));
-            const __m256 root = _mm256_add_ps(_mm256_mul_ps(_mm256_sqrt_ps(v), all(s.inverse_root)), all(s.eps));
-            const __m256 move = _mm256_div_ps(_mm256_mul_ps(m, all(s.step_size)), root);
-            w = _mm256_sub_ps(_mm256_mul_ps(w, all(s.decay)), move);
-            bits[k] = as_bits(w);
-            largest = _mm256_max_epu32(largest, _mm256_and_si256(bits[k], constant(kMagnitude)));
-            if constexpr (!kPlanes) _mm256_storeu_ps(static_cast<float*>(master) + at, w);
-            if constexpr (kHalf) {
-                __m256i x = counter;
-                x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), constant(kFirst));
-                x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 13)), constant(kSecond));
-                x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
-                const __m256i m_up = _mm256_add_epi32(as_bits(m), _mm256_and_si256(x, lower));
-                const __m256i v_up = _mm256_add_epi32(as_bits(v), _mm256_srli_epi32(x, 16));
-                const __m256i pair = _mm256_blend_epi16(_mm256_srli_epi32(v_up, 16), m_up, 0xAA);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(exp_avg + at), pair);
-                counter = _mm256_add_epi32(counter, constant(8 * kOdd));
-            } else {
-                _mm256_storeu_ps(exp_avg + at, m), _mm256_storeu_ps(exp_avg_sq + at, v);
-            }
-        }
+// Whether masters are still finite in the precision of the compute copy; what to do with the few columns where a loop
+// has found that they may not be. Rounding can carry a NaN over into a zero of the other sign: its planes still join to
+// it, so it is found here and mended.
+template <bool kPlanes>
+bool inspect(const Table& t, int64_t at, int64_t count) {
+    bool finite = true;
+    for (int64_t i = at; i < at + count; ++i) {
+        const uint32_t bits = bits_of(load_master<kPlanes>(t, i));
+        finite &= (bits & kMagnitude) < (kPlanes ? kTooLarge : kInfinity);
         if constexpr (kPlanes) {
-            const auto round = [&](__m256i x) { return _mm256_srli_epi32(_mm256_add_epi32(x, constant(0x8000)), 16); };
-            narrow(static_cast<uint16_t*>(master) + i, round(bits[0]), round(bits[1]));
-            narrow(low + i, _mm256_and_si256(bits[0], lower), _mm256_and_si256(bits[1], lower));
+            if ((bits & kMagnitude) <= kInfinity) continue;
+            static_cast<uint16_t*>(t.high)[i] = static_cast<uint16_t>((bits >> 16) | 0x0040u), t.low[i] = 0;
         }
     }
-    uint32_t each[8], most = 0;
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(each), largest);
-    for (uint32_t one : each) most = std::max(most, one);
-    return most;
+    return finite;
 }
-#endif
 
+// What a thread that works on row `j` of the call will work on a little later: far enough away for memory to answer in
+// time, near enough for the first-level cache to keep it until then. (Non-temporal stores have nothing to spare: every
+// line that is written has been read.)
+Ahead look_ahead(const Table& t, int64_t n, const int64_t* rows, int64_t j) {
+    constexpr int64_t kColumns = 512;
+    const int64_t further = std::max<int64_t>(1, kColumns / std::max<int64_t>(1, t.width)), next = std::min(j + further, n - 1);
+    const int64_t turn = std::max<int64_t>(0, t.width - kColumns), back = turn ? kColumns - t.width : 0;
+    return {turn, kColumns, kColumns, (rows[next] - rows[j]) * t.width + back, (next - j) * t.width + back};
+}
+
+// AdamW over `count` columns of row `j` of the call. Returns whether they are still finite.
 template <bool kPlanes, typename Moment, bool kCoast>
-inline bool adam_chunk(const Table& t, const Adam& a, const Coast& coast, int64_t j, int64_t row, int64_t column,
-                       int count, const float* __restrict grad) {
+inline bool adam_part(const Table& t, const Adam& a, const Coast& coast, int64_t j, int64_t row, int64_t column,
+                      int count, const float* __restrict grad, [[maybe_unused]] const Ahead& ahead) {
+    using Master = std::conditional_t<kPlanes, uint16_t, float>;
     const int64_t at = row * t.width + column;
     float w_idle[kChunk], m_idle[kChunk], v_idle[kChunk];
     if constexpr (kCoast) {
@@ -233,21 +86,21 @@ inline bool adam_chunk(const Table& t, const Adam& a, const Coast& coast, int64_
         const float* c = coast.coefficients + coast.of_row[j] * (3 + 2 * coast.terms);
         coast_chunk(c, coast.terms, a.eps, count, w_idle, m_idle, v_idle);
     }
-    using Master = std::conditional_t<kPlanes, uint16_t, float>;
     Master* __restrict master = static_cast<Master*>(t.high) + at;
     uint16_t* __restrict low = t.low + at;
     Moment* __restrict exp_avg = static_cast<Moment*>(t.exp_avg) + at;
     float* __restrict exp_avg_sq = static_cast<float*>(t.exp_avg_sq) + at;
     const float step_size = a.step_size[j], inverse_root = a.inverse_root[j];
-    const uint32_t key = (std::is_same_v<Moment, float> ? 0u : a.random_key[j]) + static_cast<uint32_t>(column) * kOdd;
+    const uint32_t key = std::is_same_v<Moment, Pair> ? a.random_key[j] : 0u;
     const float grad_scale = a.grad_scale, beta1 = a.beta1, rest1 = a.one_minus_beta1, beta2 = a.beta2;
     const float rest2 = a.one_minus_beta2, eps = a.eps, decay = a.decay;
-    uint32_t largest = 0;
+    uint32_t largest = 0;  // upper half of a master, without its sign
     int i = 0;
 #if defined(__AVX2__)
     if constexpr (!kCoast) {
         const Scalars s{grad_scale, beta1, rest1, beta2, rest2, eps, decay, step_size, inverse_root, key};
-        largest = adam_avx2<kPlanes, Moment>(s, count, i, master, low, exp_avg, exp_avg_sq, grad);
+        const Columns<Master, Moment> columns{column, count, master, low, exp_avg, exp_avg_sq, grad};
+        i = adam_avx2(s, columns, ahead, largest);
     }
 #endif
     for (; i < count; ++i) {
@@ -267,7 +120,7 @@ inline bool adam_chunk(const Table& t, const Adam& a, const Coast& coast, int64_
         v = v * beta2 + (g * g) * rest2;
         w = w * decay - (m * step_size) / (std::sqrt(v) * inverse_root + eps);
         const uint32_t bits = bits_of(w);
-        largest = std::max(largest, bits & kMagnitude);
+        largest = std::max(largest, (bits & kMagnitude) >> 16);
         if constexpr (kPlanes) {
             master[i] = high_plane(bits);
             low[i] = static_cast<uint16_t>(bits);
@@ -277,25 +130,28 @@ inline bool adam_chunk(const Table& t, const Adam& a, const Coast& coast, int64_
         if constexpr (std::is_same_v<Moment, float>) {
             exp_avg[i] = m, exp_avg_sq[i] = v;
         } else {
-            const uint32_t random = hash(key + static_cast<uint32_t>(i) * kOdd);
-            exp_avg[i] = (stochastic(m, random & 0xFFFFu) & kUpper) | (stochastic(v, random >> 16) >> 16);
+            const Random random = random_bits(key, column + i);
+            exp_avg[i] = (stochastic(m, random.exp_avg) & kUpper) | (stochastic(v, random.exp_avg_sq) >> 16);
         }
     }
-    if (kPlanes && largest > kInfinity) mend_nan(t, at, count);
-    return largest < (kPlanes ? kTooLarge : kInfinity);
+    return largest < kTooLarge >> 16 || inspect<kPlanes>(t, at, count);
 }
 
 template <bool kPlanes, typename Moment, bool kCoast>
 int64_t adam_rows(const Table& t, const Adam& a, const Coast& coast, int64_t n, const int64_t* rows,
                   const float* grad) {
+    const int64_t part = kCoast ? kChunk : std::max<int64_t>(1, t.width);
+    // A thread takes several rows at a time, because it fetches the next of them early.
+    const int64_t taken = std::clamp<int64_t>(n / (8 * t.threads), 1, 16);
     int64_t infinite = 0;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(t.threads) reduction(+ : infinite)
+#pragma omp parallel for schedule(dynamic, taken) num_threads(t.threads) reduction(+ : infinite)
     for (int64_t j = 0; j < n; ++j) {
         bool finite = true;
-        for (int64_t column = 0; column < t.width; column += kChunk) {
-            const int count = static_cast<int>(std::min(t.width - column, kChunk));
+        const Ahead ahead = look_ahead(t, n, rows, j);
+        for (int64_t column = 0; column < t.width; column += part) {
+            const int count = static_cast<int>(std::min(t.width - column, part));
             const float* g = grad + j * t.width + column;
-            finite &= adam_chunk<kPlanes, Moment, kCoast>(t, a, coast, j, rows[j], column, count, g);
+            finite &= adam_part<kPlanes, Moment, kCoast>(t, a, coast, j, rows[j], column, count, g, ahead);
         }
         infinite += !finite;
     }
@@ -326,12 +182,23 @@ extern "C" {
 void meft_row_scalars(const int32_t* step, int64_t n, const int64_t* rows, int32_t now, double lr, double beta1,
                       double beta2, uint64_t seed, int32_t* steps, float* step_size, float* inverse_root,
                       uint32_t* random_key) {
+    struct Known {
+        int32_t t;
+        float step_size, inverse_root;
+    };
+    constexpr int kKnown = 256, kAhead = 16;  // rows that are touched together have mostly been touched equally often
+    Known known[kKnown] = {};                 // a step is at least 1
     for (int64_t j = 0; j < n; ++j) {
+        if (!now) __builtin_prefetch(step + rows[std::min(j + kAhead, n - 1)]);
         const int32_t t = now ? now : step[rows[j]] + 1;
-        // In double: 1 - beta2^t is 1e-3 at the first step, where a float would lose four digits.
-        steps[j] = t;
-        step_size[j] = static_cast<float>(lr / (1.0 - std::pow(beta1, static_cast<double>(t))));
-        inverse_root[j] = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(t))));
+        Known& k = known[t % kKnown];
+        if (k.t != t) {
+            // In double: 1 - beta2^t is 1e-3 at the first step, where a float would lose four digits.
+            const double power = static_cast<double>(t);
+            k = {t, static_cast<float>(lr / (1.0 - std::pow(beta1, power))),
+                 static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, power)))};
+        }
+        steps[j] = t, step_size[j] = k.step_size, inverse_root[j] = k.inverse_root;
         if (random_key) {  // the finaliser of SplitMix64 (S. Vigna, public domain)
             uint64_t x = (static_cast<uint64_t>(rows[j]) << 32) + static_cast<uint64_t>(t) + seed;
             x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;

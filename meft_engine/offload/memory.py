@@ -29,7 +29,7 @@ class _Mapping(mmap.mmap):
 
 
 def host_zeros(
-    shape: Sequence[int], dtype: torch.dtype, *, pin_memory: bool = False, huge_pages: bool = False
+    shape: Sequence[int], dtype: torch.dtype, *, pin_memory: bool = False, huge_pages: bool = True
 ) -> Tensor:
     """Zeros in an anonymous mapping of their own, rounded up to whole pages and no further.
 

@@ -58,7 +58,7 @@ class PartiallyOffloadedTensor:
         trainable: bool = True,
         max_staleness: int = 0,
         pin_memory: bool = False,
-        huge_pages: bool = False,
+        huge_pages: bool = True,
         threads: int = 1,
     ) -> None:
         self.name = name

@@ -133,7 +133,7 @@ class SparseCPUAdam(torch.optim.Optimizer):
         moments_dtype: torch.dtype = torch.float32,
         seed: int = 0,
         threads: int = 1,
-        huge_pages: bool = False,
+        huge_pages: bool = True,
     ) -> None:
         groups = list(tables)
         if groups and not isinstance(groups[0], dict):

@@ -23,7 +23,7 @@ DESIGNED = json.loads("""{
                "target_modules": null, "layers_to_transform": null, "init_keys": "ffn", "freeze_base": true,
                "seed": 42 },
   "active_rows": { "cap": null, "on_overflow": "keep_largest" },
-  "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": false },
+  "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": true },
   "optimizer": { "lr_scale": 1.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true, "max_staleness": 0,
                  "num_threads": null, "worker_timeout": 10.0 },
   "checkpoint": { "save_base": false }
