@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
@@ -33,6 +35,17 @@ class Ours:
         self.optimizer = SparseCPUAdam(
             [self.table], LR, BETAS, EPS, WEIGHT_DECAY, mode="lazy", moments_dtype=moments_dtype, threads=threads
         )
+
+    def touch(self) -> None:
+        """Read a number of every page of the table and its moments.
+
+        Systems that balance memory between NUMA nodes, such as hosts of virtual machines, unmap pages from time to time
+        to learn who uses them, and the next visit pays a microsecond or two for each. Dense steps visit every page all
+        the time and hardly feel it; a step that visits rows for the first time in a while would pay for all of them.
+        """
+        for tensor in (*self.table.planes(), *self.optimizer.state[self.table.handle].values()):
+            step = max(1, mmap.PAGESIZE // (tensor.itemsize * tensor.stride(-1)))
+            tensor[..., ::step].sum()
 
     def prepare(self, rows: Tensor, grad: Tensor) -> None:
         """Hand over the gradient [n, d] of ``rows``, unsorted, as a window of several micro-steps leaves them."""

@@ -71,8 +71,8 @@ class Contestant(Protocol):
 class Stopwatch:
     """Times steps in the middle of a model: just before, the same optimizer has updated another table.
 
-    So data are cold, whatever was generated a moment ago, and code is warm; and the caches are full of lines that have
-    still to be written back, as many as such a step leaves behind itself. Were they clean, a small case would not pay for
+    So data are cold, whatever was generated a moment ago, and code is warm; and caches are full of lines that still have
+    to be written back, as many as such a step leaves behind itself. Were they clean, a small case would not pay for
     what it leaves; were they all changed, it would pay for what others have left.
 
     Args:
@@ -86,7 +86,7 @@ class Stopwatch:
         self._grad = torch.randn(self.rows, width)
 
     def time(self, timing: Timing, contestant: Contestant, other: Contestant) -> None:
-        """Add the seconds of a step of ``contestant`` to ``timing``, after one of ``other``, a smaller one of its kind."""
+        """Add the seconds of a step of ``contestant`` to ``timing``, after one of ``other``, its like."""
         other.prepare_all(self._grad)
         other.step()
         start = time.perf_counter()

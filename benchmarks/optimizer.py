@@ -9,30 +9,23 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import random
 import sys
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import overlap
 import psutil
 import torch
-from contestants import BYTES_PER_ELEMENT, BYTES_PER_ELEMENT_BF16_MOMENTS, DenseDeepSpeed, Ours, TorchSparse
 from machine import describe, footnote, last_level_cache
-from measure import Stopwatch, Timing, copy_bandwidth, write_csv
+from measure import Timing, copy_bandwidth, write_csv
 from plot import draw
 from rich.console import Console
 from rich.table import Table
+from steps import COMPARED, GROWTH, Comparison, Contest, Growth, step_sparse
 from tqdm import tqdm
 
 from meft_engine.cores import rank_cores
 
 HERE = Path(__file__).resolve().parent
-SHARES = (0.1, 0.3, 1, 3, 10, 30, 100)  # percent of the rows
-COMPARED = (1, 10, 100)  # those beside which DeepSpeedCPUAdam steps
-LARGEST_SPARSE = 30  # SparseAdam's time and memory grow too large beyond
-GROWTH, GROWTH_ROWS = 16, 2000
 
 # What each figure has to reach, and whether from above or from below.
 TARGETS = {
@@ -47,117 +40,29 @@ TARGETS = {
 }
 
 
-@dataclass
-class Contest:
-    """The timings of the steps of one table."""
-
-    dense: Timing
-    half: Timing
-    ours: dict[float, Timing] = field(default_factory=dict)
-    sparse: dict[float, Timing] = field(default_factory=dict)
-
-    def timings(self) -> list[Timing]:
-        return [*self.ours.values(), self.half, *self.sparse.values(), self.dense]
-
-
-def run_contest(rows: int, width: int, threads: int, repetitions: int, cache: int, bar: tqdm) -> Contest:
-    """Step all contestants in random order, with new rows and gradients in each repetition."""
-    start = torch.randn(rows, width).mul_(0.02)
-    ours, half = Ours(rows, width, threads), Ours(rows, width, threads, torch.bfloat16)
-    dense, sparse = DenseDeepSpeed(start), TorchSparse(start)
-    for table in (ours.table, half.table):
-        table.fill(start)
-    # The tables that are updated before.
-    watch = Stopwatch(cache, width)
-    few = start[: watch.rows]
-    others = Ours(*few.shape, threads), Ours(*few.shape, threads, torch.bfloat16), DenseDeepSpeed(few), TorchSparse(few)
-    counts = {share: max(1, round(rows * share / 100)) for share in SHARES}
-
-    def bytes_of(share: float, per_element: int = BYTES_PER_ELEMENT) -> int:
-        return counts[share] * width * per_element
-
-    found = Contest(
-        Timing("DeepSpeedCPUAdam", "100 % of the rows", rows, bytes_of(100)),
-        Timing("ours, bf16 moments", "10 % of the rows", counts[10], bytes_of(10, BYTES_PER_ELEMENT_BF16_MOMENTS)),
-    )
-    for share in SHARES:
-        case = f"{share:g} % of the rows"
-        found.ours[share] = Timing("ours", case, counts[share], bytes_of(share))
-        if share <= LARGEST_SPARSE:
-            found.sparse[share] = Timing("torch SparseAdam", case, counts[share], bytes_of(share))
-
-    grad, order = torch.empty(rows, width), torch.arange(rows)
-    dense.prepare_all(grad)
-
-    def step(timing: Timing, contestant: Ours | TorchSparse, other: Ours | TorchSparse) -> None:
-        contestant.prepare(order[: timing.rows], grad[: timing.rows])
-        watch.time(timing, contestant, other)
-
-    cases = [partial(step, timing, ours, others[0]) for timing in found.ours.values()]
-    cases += [partial(step, found.half, half, others[1])]
-    cases += [partial(watch.time, found.dense, dense, others[2])] * len(COMPARED)
-    cases += [partial(step, timing, sparse, others[3]) for timing in found.sparse.values()]
-    for repetition in range(-1, repetitions):
-        grad.normal_()
-        order = torch.randperm(rows)
-        # What ran before, and for how long, is felt by what runs next.
-        random.shuffle(cases)
-        for case in cases:
-            case()
-        if repetition < 0:  # the first steps allocate, compile and warm up
-            for timing in found.timings():
-                timing.seconds.clear()
-        bar.update()
-    for contestant in (ours, half, *others[:2]):
-        contestant.close()
-    return found
-
-
-def run_growth(rows: int, width: int, threads: int, repetitions: int, cache: int, bar: tqdm) -> list[Timing]:
-    """Update equally many rows of a table and of one with many times the rows, in turn."""
-    sizes = (rows, GROWTH * rows)
-    count = min(GROWTH_ROWS, rows // 8)
-    tables = [Ours(size, width, threads) for size in sizes]
-    watch = Stopwatch(cache, width)
-    other = Ours(watch.rows, width, threads)
-    grad = torch.empty(count, width)
-    found = [
-        Timing("ours", f"{count:,} of {size:,} x {width}", count, count * width * BYTES_PER_ELEMENT) for size in sizes
-    ]
-    for repetition in range(-1, repetitions):
-        grad.normal_()
-        for k in random.sample(range(2), 2):
-            tables[k].prepare(torch.randperm(sizes[k])[:count], grad)
-            watch.time(found[k], tables[k], other)
-            if repetition < 0:
-                found[k].seconds.clear()
-        bar.update()
-    for table in (*tables, other):
-        table.close()
-    return found
-
-
-def figures_of(contest: Contest, growth: list[Timing], hidden: dict[str, float]) -> dict[str, float]:
+def figures_of(
+    contest: Contest, sparse: dict[float, Timing], growth: list[Timing], hidden: dict[str, float]
+) -> dict[str, float]:
     """What is held against the targets, under the names of ``TARGETS``."""
     dense, tenth = contest.dense.median, contest.ours[10]
     return {
         **{f"speedup_cpuadam_{share}pct": dense / contest.ours[share].median for share in COMPARED},
-        "speedup_sparseadam_10pct": contest.sparse[10].median / tenth.median,
+        "speedup_sparseadam_10pct": sparse[10].median / tenth.median,
         "bandwidth_ratio_10pct": tenth.bandwidth / contest.dense.bandwidth,
-        "bf16_moments_ratio": tenth.median / contest.half.median,
+        "bf16_moments_ratio": tenth.median / contest.half[10].median,
         "growth_with_r": growth[1].median / growth[0].median,
         "overlap_hidden_share": hidden["sleep"],
     }
 
 
-def floors_of(contest: Contest, layers: int) -> dict[str, float]:
+def floors_of(contest: Contest, sparse: dict[float, Timing], layers: int) -> dict[str, float]:
     """What the figures would be if every byte moved at DeepSpeedCPUAdam's bandwidth and nothing else took time."""
     floor = {share: timing.moved / contest.dense.bandwidth for share, timing in contest.ours.items()}
     return {
         **{f"speedup_cpuadam_{share}pct": contest.dense.median / floor[share] for share in COMPARED},
-        "speedup_sparseadam_10pct": contest.sparse[10].median / floor[10],
+        "speedup_sparseadam_10pct": sparse[10].median / floor[10],
         "bandwidth_ratio_10pct": 1.0,
-        "bf16_moments_ratio": contest.ours[10].moved / contest.half.moved,
+        "bf16_moments_ratio": contest.ours[10].moved / contest.half[10].moved,
         "growth_with_r": 1.0,
         # The first layer has nothing to hide behind.
         "overlap_hidden_share": 1 - 1 / layers,
@@ -199,8 +104,9 @@ def check_sizes(args: argparse.Namespace) -> int:
             f"--rows {args.rows} and --width {args.width} make a working set of no more than four times the last-level "
             f"cache; from {4 * cache // (12 * args.width) + 1} rows on, memory is measured and not the cache"
         )
-    # The largest stage: two tables of 1 and 16 times the rows, half as wide, 12 bytes an element; and some room.
-    need = 12 * elements * (GROWTH + 1) // 2 + elements * 8
+    # What is there at the same time: two tables of 1 and 16 times the rows, half as wide, 12 bytes an element; three
+    # tables of the full width, a gradient, and some room.
+    need = 12 * elements * (GROWTH + 1) // 2 + elements * (12 + 8 + 12 + 12)
     available = psutil.virtual_memory().available
     if need > available:
         raise SystemExit(
@@ -243,24 +149,32 @@ def main() -> int:
     layers = 4 if args.quick else 16
     overlapped = max(3, args.repetitions // 3)
 
-    copy = copy_bandwidth(max(args.rows * args.width, cache), 7)
-    with tqdm(total=2 * args.repetitions + 2 + overlapped, disable=None, unit="round") as bar:
+    sizes = (args.threads, cache)
+    with tqdm(total=3 * args.repetitions + 3 + overlapped, disable=None, unit="round") as bar:
+        # All memory is taken before anything is timed and given back afterwards: a system that is busy with what was
+        # freed (and a hypervisor that takes it back) is felt by everything that runs meanwhile.
+        table, grown = Comparison(args.rows, args.width, *sizes), Growth(args.rows, args.width // 2, *sizes)
         bar.set_description("steps of one table")
-        contest = run_contest(args.rows, args.width, args.threads, args.repetitions, cache, bar)
-        gc.collect()
+        contest = table.run(args.repetitions, bar.update)
+        bar.set_description("growth with the table")
+        growth = grown.run(args.repetitions, bar.update)
+        copy = copy_bandwidth(max(args.rows * args.width, cache), 7)
         floor = contest.dense.bandwidth
         tqdm.write(
             f"floor: DeepSpeedCPUAdam's dense step moves {floor / 1e9:.1f} GB/s; a copy by torch moves "
             f"{copy.bandwidth / 1e9:.1f} GB/s, read and written (what caches fetch besides is not counted)"
         )
-        for timing in contest.timings():
+        for timing in (*contest.timings(), *growth):
             tqdm.write(timing.line(floor))
-
-        bar.set_description("growth with the table")
-        growth = run_growth(args.rows, args.width // 2, args.threads, args.repetitions, cache, bar)
+        table.close(), grown.close()
+        del table, grown
         gc.collect()
-        for timing in growth:
+
+        bar.set_description("steps of SparseAdam")
+        sparse = step_sparse(args.rows, args.width, cache, args.repetitions, bar.update)
+        for timing in sparse.values():
             tqdm.write(timing.line(floor))
+        gc.collect()
 
         bar.set_description("overlap with a forward")
         found = overlap.measure(layers, args.rows // 2, args.width // 2, overlapped, bar.update)
@@ -268,16 +182,24 @@ def main() -> int:
         for timing in found.values():
             tqdm.write(timing.line(floor))
 
-    figures, floors = figures_of(contest, growth, hidden), floors_of(contest, layers)
-    write_results(args, contest, [copy, *contest.timings(), *growth, *found.values()], found, hidden["sleep"])
+    figures, floors = (
+        figures_of(contest, sparse, growth, hidden),
+        floors_of(contest, sparse, layers),
+    )
+    timings = [copy, *contest.timings(), *sparse.values(), *growth, *found.values()]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_csv(args.out / "optimizer.csv", timings, floor)
+    (args.out / "machine.txt").write_text("\n".join(describe(args.threads)) + "\n", encoding="utf-8")
+    size, note = f"{args.rows:,} × {args.width:,}", footnote(args.threads)
+    draw(args.out / "optimizer.png", contest, sparse, found, hidden["sleep"], size, note)
     show(figures, floors, args.quick)
     extras = {
         # A forward that works leaves the update no core of its own where it uses all of them.
         "overlap_hidden_share_two_cores": round(hidden["matmul"], 3),
         "cpuadam_ms": round(contest.dense.median * 1e3, 2),
         **{f"ours_{share}pct_ms": round(contest.ours[share].median * 1e3, 3) for share in COMPARED},
-        "ours_bf16_moments_10pct_ms": round(contest.half.median * 1e3, 3),
-        "sparseadam_10pct_ms": round(contest.sparse[10].median * 1e3, 2),
+        "ours_bf16_moments_10pct_ms": round(contest.half[10].median * 1e3, 3),
+        "sparseadam_10pct_ms": round(sparse[10].median * 1e3, 2),
         "growth_ms": [round(timing.median * 1e3, 3) for timing in growth],
         "overlap_update_ms": round(found["update"].median * 1e3, 1),
         "cpuadam_gb_per_s": round(floor / 1e9, 2),
@@ -292,18 +214,6 @@ def main() -> int:
     }
     print(json.dumps({**{name: round(figure, 3) for name, figure in figures.items()}, **extras}), flush=True)
     return 0
-
-
-def write_results(
-    args: argparse.Namespace, contest: Contest, timings: list[Timing], found: dict[str, Timing], hidden: float
-) -> None:
-    """The CSV, the picture and the description of the machine."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(args.out / "optimizer.csv", timings, contest.dense.bandwidth)
-    (args.out / "machine.txt").write_text("\n".join(describe(args.threads)) + "\n", encoding="utf-8")
-    size = f"{args.rows:,} × {args.width:,}"
-    note = footnote(args.threads)
-    draw(args.out / "optimizer.png", contest.ours, contest.sparse, contest.dense, found, hidden, size, note)
 
 
 if __name__ == "__main__":

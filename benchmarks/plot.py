@@ -13,16 +13,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # noqa: E402
 from measure import Timing  # noqa: E402
+from steps import Contest  # noqa: E402
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
-_OURS, _SPARSE, _DENSE, _FLOOR, _FORWARD = "#0072B2", "#E69F00", "#D55E00", "#999999", "#009E73"
+_OURS, _HALF, _SPARSE, _DENSE, _FLOOR, _FORWARD = "#0072B2", "#CC79A7", "#E69F00", "#D55E00", "#999999", "#009E73"
 
 
 def draw(
     path: Path,
-    ours: Mapping[float, Timing],
+    contest: Contest,
     sparse: Mapping[float, Timing],
-    dense: Timing,
     overlap: Mapping[str, Timing],
     hidden: float,
     size: str,
@@ -31,13 +31,13 @@ def draw(
     """Write the picture.
 
     Args:
-        path: of the PNG. ours, sparse: by the percentage of touched rows. dense: DeepSpeedCPUAdam's step.
+        path: of the PNG. contest: ours and DeepSpeedCPUAdam. sparse: SparseAdam, by the percentage of touched rows.
         overlap, hidden: as overlap.py measures them, and the hidden share with a forward that sleeps.
         size: of the table, for people. footnote: what the machine is.
     """
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), width_ratios=[2.3, 1], layout="constrained")
-    _shares(left, ours, sparse, dense)
+    _shares(left, contest, sparse)
     left.set_title(f"One optimizer step of a table of {size}", loc="left", fontweight="bold")
     _overlap(right, overlap)
     right.set_title(f"Update hidden: {100 * hidden:.0f} %", loc="left", fontweight="bold")
@@ -46,9 +46,10 @@ def draw(
     plt.close(figure)
 
 
-def _shares(axes: Axes, ours: Mapping[float, Timing], sparse: Mapping[float, Timing], dense: Timing) -> None:
+def _shares(axes: Axes, contest: Contest, sparse: Mapping[float, Timing]) -> None:
+    ours, dense = contest.ours, contest.dense
     shares = sorted(ours)
-    for found, color, marker in ((sparse, _SPARSE, "s"), (ours, _OURS, "o")):
+    for found, color, marker in ((sparse, _SPARSE, "s"), (contest.half, _HALF, "^"), (ours, _OURS, "o")):
         x = sorted(found)
         axes.plot(x, [found[share].median * 1e3 for share in x], marker=marker, color=color, linewidth=2, markersize=5)
         band = ([found[share].quantile(q) * 1e3 for share in x] for q in (0.25, 0.75))
@@ -78,6 +79,8 @@ def _shares(axes: Axes, ours: Mapping[float, Timing], sparse: Mapping[float, Tim
         **label,
     )
     axes.annotate("ours", (shares[0], ours[shares[0]].median * 1e3), xytext=(2, 9), color=_OURS, **label)
+    last = contest.half[shares[-1]].median * 1e3
+    axes.annotate("bf16\nmoments", (shares[-1], last), xytext=(8, -30), color=_HALF, **label)
     axes.annotate(
         "floor: the touched bytes\nat DeepSpeedCPUAdam's bandwidth",
         (shares[1], floor[1]),

@@ -51,6 +51,18 @@ class _Adam(ctypes.Structure):
     ]
 
 
+_COUNT = ctypes.c_int64
+_ARGUMENTS = {
+    "meft_row_scalars": [_POINTER, _COUNT, _POINTER, ctypes.c_int32, *[ctypes.c_double] * 3, ctypes.c_uint64]
+    + [_POINTER] * 4,
+    "meft_adam_rows": [_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER],
+    "meft_read_coasted": [_POINTER, _POINTER, ctypes.c_float, _COUNT, _POINTER, _POINTER],
+    "meft_gather_rows": [_POINTER, _COUNT, _POINTER, _POINTER],
+    "meft_accumulate_rows": [_COUNT, _COUNT, *[_POINTER] * 4, ctypes.c_int32],
+    "meft_squared_norms": [_COUNT, _COUNT, _POINTER, _POINTER, ctypes.c_int32],
+}
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled passes, or ``None`` (after one warning) where they cannot be built.
@@ -87,15 +99,10 @@ def _build(kind: str) -> ctypes.CDLL:
             name, [str(_SOURCE)], extra_cflags=flags, extra_ldflags=["-fopenmp"], is_python_module=False
         )
     lib = ctypes.CDLL(str(path))
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, None
     lib.meft_adam_rows.restype = ctypes.c_int64
-    for function in (
-        "meft_row_scalars",
-        "meft_read_coasted",
-        "meft_gather_rows",
-        "meft_accumulate_rows",
-        "meft_squared_norms",
-    ):
-        getattr(lib, function).restype = None
     return lib
 
 
@@ -126,27 +133,25 @@ def row_scalars(
 ) -> RowScalars:
     """As :func:`meft_kernels.rows.row_scalars`."""
     count = rows.numel()
-    found = RowScalars(
-        torch.empty(count, dtype=torch.int32),
-        torch.empty(count),
-        torch.empty(count),
-        torch.empty(count, dtype=torch.int32) if seed is not None else None,
-    )
+    steps, key = torch.empty(count, dtype=torch.int32), None
+    step_size, inverse_root = torch.empty(count), torch.empty(count)
+    if seed is not None:
+        key = torch.empty(count, dtype=torch.int32)
     library().meft_row_scalars(
         _address(step, torch.int32),
-        ctypes.c_int64(count),
+        count,
         _address(rows, torch.int64),
-        ctypes.c_int32(now),
-        ctypes.c_double(lr),
-        ctypes.c_double(betas[0]),
-        ctypes.c_double(betas[1]),
-        ctypes.c_uint64(seed or 0),
-        _address(found.steps, torch.int32),
-        _address(found.step_size, torch.float32),
-        _address(found.inverse_root, torch.float32),
-        _address(found.random_key, torch.int32) if found.random_key is not None else None,
+        now,
+        lr,
+        betas[0],
+        betas[1],
+        seed or 0,
+        steps.data_ptr(),
+        step_size.data_ptr(),
+        inverse_root.data_ptr(),
+        key.data_ptr() if key is not None else None,
     )
-    return found
+    return RowScalars(steps, step_size, inverse_root, key)
 
 
 def adam_rows(
@@ -166,7 +171,7 @@ def adam_rows(
         ctypes.byref(_table(table, threads)),
         ctypes.byref(adam),
         ctypes.byref(_coast(coast)),
-        ctypes.c_int64(rows.numel()),
+        rows.numel(),
         _address(rows, torch.int64),
         _address(grad, torch.float32),
     )
@@ -178,8 +183,8 @@ def read_coasted(table: RowTable, rows: Tensor, coast: Coast, eps: float, *, thr
     library().meft_read_coasted(
         ctypes.byref(_table(table, threads)),
         ctypes.byref(_coast(coast)),
-        ctypes.c_float(eps),
-        ctypes.c_int64(rows.numel()),
+        eps,
+        rows.numel(),
         _address(rows, torch.int64),
         _address(out, torch.float32),
     )
@@ -196,7 +201,7 @@ def gather_rows(high: Tensor, rows: Tensor, *, threads: int) -> Tensor:
     table = _Table(high.shape[1], address, address if planes else None, None, None, 0, threads)
     library().meft_gather_rows(
         ctypes.byref(table),
-        ctypes.c_int64(rows.numel()),
+        rows.numel(),
         _address(rows, torch.int64),
         _address(out, torch.float32),
     )
@@ -206,13 +211,13 @@ def gather_rows(high: Tensor, rows: Tensor, *, threads: int) -> Tensor:
 def accumulate_rows(total: Tensor, slots: Tensor, fresh: Tensor, grad: Tensor, *, threads: int) -> None:
     """As :func:`meft_kernels.rows.accumulate_rows`."""
     library().meft_accumulate_rows(
-        ctypes.c_int64(grad.shape[1]),
-        ctypes.c_int64(slots.numel()),
+        grad.shape[1],
+        slots.numel(),
         _address(slots, torch.int64),
         _address(fresh, torch.bool),
         _address(grad, torch.float32),
         _address(total, torch.float32),
-        ctypes.c_int32(threads),
+        threads,
     )
 
 
@@ -220,11 +225,11 @@ def squared_norms(x: Tensor, *, threads: int) -> Tensor:
     """As :func:`meft_kernels.rows.squared_norms`."""
     out = torch.empty(x.shape[0], dtype=torch.float64)
     library().meft_squared_norms(
-        ctypes.c_int64(x.shape[1]),
-        ctypes.c_int64(x.shape[0]),
+        x.shape[1],
+        x.shape[0],
         _address(x, torch.float32),
         _address(out, torch.float64),
-        ctypes.c_int32(threads),
+        threads,
     )
     return out
 
@@ -240,7 +245,7 @@ def _table(table: RowTable, threads: int) -> _Table:
     )
 
 
-def _moments(table: RowTable) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+def _moments(table: RowTable) -> tuple[int, int | None]:
     first, second = table.exp_avg, table.exp_avg_sq
     if first.dtype != torch.bfloat16:
         return _address(first, torch.float32), _address(second, torch.float32)
@@ -252,7 +257,7 @@ def _moments(table: RowTable) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
         and first.data_ptr() == second.data_ptr() + 2
         and sys.byteorder == "little"
     )
-    return _POINTER(second.data_ptr()), _POINTER(None)
+    return second.data_ptr(), None
 
 
 def _coast(coast: Coast | None) -> _Coast:
@@ -262,10 +267,10 @@ def _coast(coast: Coast | None) -> _Coast:
     return _Coast(_address(coast.of_row, torch.int32), _address(coast.coefficients, torch.float32), terms)
 
 
-def _address(x: Tensor, dtype: torch.dtype) -> ctypes.c_void_p:
+def _address(x: Tensor, dtype: torch.dtype) -> int:
     # What C++ would read wrongly in silence. Row ids are checked by those who take them from outside.
     assert x.dtype == dtype and x.is_contiguous() and x.device.type == "cpu", (x.dtype, dtype, x.stride(), x.device)
-    return _POINTER(x.data_ptr())
+    return x.data_ptr()
 
 
 def _require_rows(rows: Tensor, count: int) -> None:

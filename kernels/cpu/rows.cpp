@@ -142,7 +142,7 @@ int64_t adam_rows(const Table& t, const Adam& a, const Coast& coast, int64_t n, 
                   const float* grad) {
     const int64_t part = kCoast ? kChunk : std::max<int64_t>(1, t.width);
     // A thread takes several rows at a time, because it fetches the next of them early.
-    const int64_t taken = std::clamp<int64_t>(n / (8 * t.threads), 1, 16);
+    const int64_t taken = std::clamp<int64_t>(n / (16 * t.threads), 1, 16);
     int64_t infinite = 0;
 #pragma omp parallel for schedule(dynamic, taken) num_threads(t.threads) reduction(+ : infinite)
     for (int64_t j = 0; j < n; ++j) {
