@@ -71,9 +71,9 @@ class Contestant(Protocol):
 class Stopwatch:
     """Times steps in the middle of a model: just before, the same optimizer has updated another table.
 
-    So data are cold, whatever was generated a moment ago, and code is warm; and caches are full of lines that still have
+    So data are cold, whatever was generated a moment ago, and code is warm; and caches are full of lines that have yet
     to be written back, as many as such a step leaves behind itself. Were they clean, a small case would not pay for
-    what it leaves; were they all changed, it would pay for what others have left.
+    what it leaves; were they all changed, it would pay for what others left.
 
     Args:
         cache_bytes: of the last-level cache; the other table's update moves at least four times as many.

@@ -119,10 +119,11 @@ class Growth:
 def step_sparse(
     rows: int, width: int, cache: int, repetitions: int, advance: Callable[[], None]
 ) -> dict[float, Timing]:
-    """SparseAdam by the percentage of touched rows, in random order, with the rows of :class:`Comparison`.
+    """SparseAdam by the percentage of touched rows, with the rows of :class:`Comparison`.
 
     It has a stage of its own because its steps take and free hundreds of megabytes, of which others feel the
-    consequences: while they ran beside it, steps of ours took up to four times as long.
+    consequences: while they ran beside it, steps of ours took up to four times as long. And it does one share after the
+    other, as a training would: malloc's habits depend on the sizes that came before.
     """
     start = torch.randn(rows, width).mul_(0.02)
     sparse, watch = TorchSparse(start), Stopwatch(cache, width)
@@ -133,14 +134,11 @@ def step_sparse(
             count = _count(rows, share)
             case = f"{share:g} % of the rows"
             found[share] = Timing("torch SparseAdam", case, count, count * width * BYTES_PER_ELEMENT)
-    cases = list(found.values())
     grad = torch.empty(_count(rows, LARGEST_SPARSE), width)
-    for repetition in _repetitions(repetitions, cases, advance):
-        grad.normal_()
-        order = _order(rows, repetition)
-        random.shuffle(cases)
-        for timing in cases:
-            sparse.prepare(order[: timing.rows], grad[: timing.rows])
+    for timing in found.values():
+        for repetition in _repetitions(repetitions, [timing], advance):
+            part = grad[: timing.rows].normal_()
+            sparse.prepare(_order(rows, repetition)[: timing.rows], part)
             watch.time(timing, sparse, before)
     return found
 

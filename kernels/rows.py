@@ -29,22 +29,23 @@ class RowTable(NamedTuple):
     exp_avg: Tensor
     """[r, d] float32; or bfloat16, as :func:`paired_moments` gives them."""
     exp_avg_sq: Tensor
+    step: Tensor
+    """[r] int32: how many steps a row has behind it."""
 
 
 class AdamStep(NamedTuple):
-    """One AdamW step for n rows, each with its own bias correction."""
+    """One AdamW step; the bias corrections of a row follow from its own number of the step."""
 
     grad_scale: float
+    lr: float
     betas: tuple[float, float]
     eps: float
     decay: float
     """1 − lr · weight decay."""
-    step_size: Tensor
-    """[n] float32: lr / (1 − β₁ᵗ)."""
-    inverse_root: Tensor
-    """[n] float32: 1 / √(1 − β₂ᵗ)."""
-    random_key: Tensor | None
-    """[n] int32: seeds the stochastic rounding of bf16 moments, which are what asks for it."""
+    now: int = 0
+    """The number of the step for all rows; 0: one more than the table says of each."""
+    seed: int = 0
+    """Of 64 bits, for the stochastic rounding of bf16 moments."""
 
 
 class Coast(NamedTuple):
@@ -54,36 +55,6 @@ class Coast(NamedTuple):
     """[n] int32: which line of the coefficients is a row's."""
     coefficients: Tensor
     """[D, 3 + 2 q] float32: P, M, V, then q pairs (a, b)."""
-
-
-class RowScalars(NamedTuple):
-    """What AdamW needs to know of each of n rows."""
-
-    steps: Tensor
-    """[n] int32: the row's step, this one included."""
-    step_size: Tensor
-    inverse_root: Tensor
-    random_key: Tensor | None
-    """As :class:`AdamStep` has them."""
-
-
-def row_scalars(
-    step: Tensor, rows: Tensor, *, now: int, lr: float, betas: tuple[float, float], seed: int | None
-) -> RowScalars:
-    """The scalars of ``rows`` [n] for a step that begins.
-
-    Args:
-        step: [r] int32, the steps that rows have behind them.
-        now: the number of the step for all rows; 0: a row's own, one more than ``step`` says.
-        lr, betas: of the step. seed: of 64 bits, for random keys; ``None``: none are needed.
-    """
-    steps = torch.full((rows.numel(),), now, dtype=torch.int32) if now else step.index_select(0, rows) + 1
-    distinct, place = steps.unique(return_inverse=True)
-    # By the C library's pow, as in C++, and in float64: 1 - β₂ᵗ is 1e-3 at the first step.
-    sizes = [lr / (1 - math.pow(betas[0], t)) for t in distinct.tolist()]
-    roots = [1 / math.sqrt(1 - math.pow(betas[1], t)) for t in distinct.tolist()]
-    keys = _random_keys(seed, rows, steps) if seed is not None else None
-    return RowScalars(steps, torch.tensor(sizes)[place], torch.tensor(roots)[place], keys)
 
 
 def paired_moments(pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,11 +81,12 @@ def adam_rows(
         w, m, v = _load(table, ids)
         if coast is not None:
             w, m, v = _coasted(w, m, v, Coast(coast.of_row[part], coast.coefficients), step.eps)
+        now = torch.full_like(table.step[ids], step.now) if step.now else table.step[ids] + 1
+        step_size, inverse_root = _bias_corrections(step, now)
         g = grad[part] * step.grad_scale
         m = m * beta1 + g * (1 - beta1)
         v = v * beta2 + (g * g) * (1 - beta2)
-        denominator = _root(v) * step.inverse_root[part, None] + step.eps
-        w = w * step.decay - (m * step.step_size[part, None]) / denominator
+        w = w * step.decay - (m * step_size[:, None]) / (_root(v) * inverse_root[:, None] + step.eps)
         if table.low is None:
             table.high.index_copy_(0, ids, w)
             finite = w.isfinite()
@@ -125,10 +97,11 @@ def adam_rows(
             finite = high.isfinite()
         infinite += int((~finite.all(1)).sum())
         if table.exp_avg.dtype == torch.bfloat16:
-            for_m, for_v = _random_bits(step.random_key[part], grad.shape[1])
+            for_m, for_v = _random_bits(_random_keys(step.seed, ids, now), grad.shape[1])
             m, v = stochastic_bf16(m, for_m), stochastic_bf16(v, for_v)
         table.exp_avg.index_copy_(0, ids, m)
         table.exp_avg_sq.index_copy_(0, ids, v)
+        table.step.index_copy_(0, ids, now)
     return infinite
 
 
@@ -165,6 +138,15 @@ def stochastic_bf16(x: Tensor, random: Tensor) -> Tensor:
     """``x`` (float32) as one of the two bf16 around it, the nearer one more often; ``random``: int64 of 0 to 0xFFFF."""
     bits = x.view(torch.int32).long() & _UINT32
     return (((bits + random) & _UINT32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _bias_corrections(step: AdamStep, now: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows at the steps ``now`` [n] int32: lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ), [n] float32."""
+    distinct, place = now.unique(return_inverse=True)
+    # By the C library's pow, as in C++, and in float64: 1 - β₂ᵗ is 1e-3 at the first step.
+    sizes = [step.lr / (1 - math.pow(step.betas[0], t)) for t in distinct.tolist()]
+    roots = [1 / math.sqrt(1 - math.pow(step.betas[1], t)) for t in distinct.tolist()]
+    return torch.tensor(sizes, dtype=torch.float32)[place], torch.tensor(roots, dtype=torch.float32)[place]
 
 
 def _random_keys(seed: int, rows: Tensor, steps: Tensor) -> Tensor:

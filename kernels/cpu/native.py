@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meft_kernels.rows import AdamStep, Coast, RowScalars, RowTable
+from meft_kernels.rows import AdamStep, Coast, RowTable
 
 logger = logging.getLogger("meft_engine")
 
@@ -33,6 +33,7 @@ class _Table(ctypes.Structure):
         ("low", _POINTER),
         ("exp_avg", _POINTER),
         ("exp_avg_sq", _POINTER),
+        ("step", _POINTER),
         ("moments_bf16", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     ]
@@ -45,16 +46,14 @@ class _Coast(ctypes.Structure):
 class _Adam(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_float) for name in ("grad_scale", "beta1", "rest1", "beta2", "rest2", "eps", "decay")),
-        ("step_size", _POINTER),
-        ("inverse_root", _POINTER),
-        ("random_key", _POINTER),
+        ("now", ctypes.c_int32),
+        *((name, ctypes.c_double) for name in ("lr", "precise_beta1", "precise_beta2")),
+        ("seed", ctypes.c_uint64),
     ]
 
 
 _COUNT = ctypes.c_int64
 _ARGUMENTS = {
-    "meft_row_scalars": [_POINTER, _COUNT, _POINTER, ctypes.c_int32, *[ctypes.c_double] * 3, ctypes.c_uint64]
-    + [_POINTER] * 4,
     "meft_adam_rows": [_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _POINTER],
     "meft_read_coasted": [_POINTER, _POINTER, ctypes.c_float, _COUNT, _POINTER, _POINTER],
     "meft_gather_rows": [_POINTER, _COUNT, _POINTER, _POINTER],
@@ -128,43 +127,14 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def row_scalars(
-    step: Tensor, rows: Tensor, *, now: int, lr: float, betas: tuple[float, float], seed: int | None
-) -> RowScalars:
-    """As :func:`meft_kernels.rows.row_scalars`."""
-    count = rows.numel()
-    steps, key = torch.empty(count, dtype=torch.int32), None
-    step_size, inverse_root = torch.empty(count), torch.empty(count)
-    if seed is not None:
-        key = torch.empty(count, dtype=torch.int32)
-    library().meft_row_scalars(
-        _address(step, torch.int32),
-        count,
-        _address(rows, torch.int64),
-        now,
-        lr,
-        betas[0],
-        betas[1],
-        seed or 0,
-        steps.data_ptr(),
-        step_size.data_ptr(),
-        inverse_root.data_ptr(),
-        key.data_ptr() if key is not None else None,
-    )
-    return RowScalars(steps, step_size, inverse_root, key)
-
-
 def adam_rows(
     table: RowTable, rows: Tensor, grad: Tensor, step: AdamStep, coast: Coast | None = None, *, threads: int
 ) -> int:
     """As :func:`meft_kernels.rows.adam_rows`."""
     beta1, beta2 = step.betas
-    half = table.exp_avg.dtype == torch.bfloat16
     adam = _Adam(
         *(step.grad_scale, beta1, 1 - beta1, beta2, 1 - beta2, step.eps, step.decay),
-        _address(step.step_size, torch.float32),
-        _address(step.inverse_root, torch.float32),
-        _address(step.random_key, torch.int32) if half else None,
+        *(step.now, step.lr, beta1, beta2, step.seed),
     )
     # The structs hold addresses alone: the tensors live on in the caller's arguments.
     return library().meft_adam_rows(
@@ -198,7 +168,7 @@ def gather_rows(high: Tensor, rows: Tensor, *, threads: int) -> Tensor:
     # The pass tells planes from whole masters by the lower plane, of which it reads nothing.
     planes = high.dtype == torch.bfloat16
     address = _address(high, high.dtype)
-    table = _Table(high.shape[1], address, address if planes else None, None, None, 0, threads)
+    table = _Table(high.shape[1], address, address if planes else None, None, None, None, 0, threads)
     library().meft_gather_rows(
         ctypes.byref(table),
         rows.numel(),
@@ -240,6 +210,7 @@ def _table(table: RowTable, threads: int) -> _Table:
         _address(table.high, table.high.dtype),
         _address(table.low, table.low.dtype) if table.low is not None else None,
         *_moments(table),
+        _address(table.step, torch.int32),
         int(table.exp_avg.dtype == torch.bfloat16),
         threads,
     )

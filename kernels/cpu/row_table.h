@@ -66,6 +66,7 @@ struct Table {
     // so that neither widening nor narrowing costs an instruction; `exp_avg_sq` is not looked at then.
     void* exp_avg;
     void* exp_avg_sq;
+    int32_t* step;  // [rows] how many steps a row has behind it
     int32_t moments_bf16;
     int32_t threads;
 };
@@ -78,11 +79,12 @@ struct Coast {
     int64_t terms;
 };
 
+// A step; the bias corrections of a row follow from its own number of the step: `now`, or one more than `step` says.
 struct Adam {
     float grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay;
-    const float* step_size;          // [n] lr / (1 - beta1^t)
-    const float* inverse_root;       // [n] 1 / √(1 - beta2^t)
-    const uint32_t* random_key;      // [n] for bf16 moments
+    int32_t now;  // 0: rows count their own
+    double lr, precise_beta1, precise_beta2;
+    uint64_t seed;  // for bf16 moments
 };
 }
 

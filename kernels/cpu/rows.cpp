@@ -64,6 +64,39 @@ bool inspect(const Table& t, int64_t at, int64_t count) {
     return finite;
 }
 
+// What bias correction makes of a step. Rows that are touched together have mostly been touched equally often, so a thread
+// remembers what it has worked out.
+struct Correction {
+    int32_t t;  // a step is at least 1
+    float step_size, inverse_root;
+};
+
+class Corrections {
+  public:
+    const Correction& at(const Adam& a, int32_t t) {
+        Correction& known = known_[static_cast<uint32_t>(t) % kKnown];
+        if (known.t != t) {
+            // In double: 1 - beta2^t is 1e-3 at the first step, where a float would lose four digits.
+            const double power = static_cast<double>(t);
+            known = {t, static_cast<float>(a.lr / (1.0 - std::pow(a.precise_beta1, power))),
+                     static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(a.precise_beta2, power)))};
+        }
+        return known;
+    }
+
+  private:
+    static constexpr int kKnown = 128;
+    Correction known_[kKnown] = {};
+};
+
+// A hash of seed, row and step (the finaliser of SplitMix64, S. Vigna, public domain).
+inline uint32_t random_key(uint64_t seed, int64_t row, int32_t t) {
+    uint64_t x = (static_cast<uint64_t>(row) << 32) + static_cast<uint64_t>(t) + seed;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return static_cast<uint32_t>(x >> 32);
+}
+
 // What a thread that works on row `j` of the call will work on a little later: far enough away for memory to answer in
 // time, near enough for the first-level cache to keep it until then. (Non-temporal stores have nothing to spare: every
 // line that is written has been read.)
@@ -76,8 +109,8 @@ Ahead look_ahead(const Table& t, int64_t n, const int64_t* rows, int64_t j) {
 
 // AdamW over `count` columns of row `j` of the call. Returns whether they are still finite.
 template <bool kPlanes, typename Moment, bool kCoast>
-inline bool adam_part(const Table& t, const Adam& a, const Coast& coast, int64_t j, int64_t row, int64_t column,
-                      int count, const float* __restrict grad, [[maybe_unused]] const Ahead& ahead) {
+inline bool adam_part(const Table& t, const Adam& a, const Coast& coast, const Correction& correction, uint32_t key,
+                      int64_t j, int64_t row, int64_t column, int count, const float* __restrict grad, [[maybe_unused]] const Ahead& ahead) {
     using Master = std::conditional_t<kPlanes, uint16_t, float>;
     const int64_t at = row * t.width + column;
     float w_idle[kChunk], m_idle[kChunk], v_idle[kChunk];
@@ -90,8 +123,7 @@ inline bool adam_part(const Table& t, const Adam& a, const Coast& coast, int64_t
     uint16_t* __restrict low = t.low + at;
     Moment* __restrict exp_avg = static_cast<Moment*>(t.exp_avg) + at;
     float* __restrict exp_avg_sq = static_cast<float*>(t.exp_avg_sq) + at;
-    const float step_size = a.step_size[j], inverse_root = a.inverse_root[j];
-    const uint32_t key = std::is_same_v<Moment, Pair> ? a.random_key[j] : 0u;
+    const float step_size = correction.step_size, inverse_root = correction.inverse_root;
     const float grad_scale = a.grad_scale, beta1 = a.beta1, rest1 = a.one_minus_beta1, beta2 = a.beta2;
     const float rest2 = a.one_minus_beta2, eps = a.eps, decay = a.decay;
     uint32_t largest = 0;  // upper half of a master, without its sign
@@ -144,16 +176,26 @@ int64_t adam_rows(const Table& t, const Adam& a, const Coast& coast, int64_t n, 
     // A thread takes several rows at a time, because it fetches the next of them early.
     const int64_t taken = std::clamp<int64_t>(n / (16 * t.threads), 1, 16);
     int64_t infinite = 0;
-#pragma omp parallel for schedule(dynamic, taken) num_threads(t.threads) reduction(+ : infinite)
-    for (int64_t j = 0; j < n; ++j) {
-        bool finite = true;
-        const Ahead ahead = look_ahead(t, n, rows, j);
-        for (int64_t column = 0; column < t.width; column += part) {
-            const int count = static_cast<int>(std::min(t.width - column, part));
-            const float* g = grad + j * t.width + column;
-            finite &= adam_part<kPlanes, Moment, kCoast>(t, a, coast, j, rows[j], column, count, g, ahead);
+#pragma omp parallel num_threads(t.threads)
+    {
+        Corrections corrections;
+#pragma omp for schedule(dynamic, taken) reduction(+ : infinite)
+        for (int64_t j = 0; j < n; ++j) {
+            bool finite = true;
+            const int64_t row = rows[j];
+            const int32_t now = a.now ? a.now : t.step[row] + 1;
+            const Correction correction = corrections.at(a, now);
+            const uint32_t key = std::is_same_v<Moment, Pair> ? random_key(a.seed, row, now) : 0u;
+            const Ahead ahead = look_ahead(t, n, rows, j);
+            for (int64_t column = 0; column < t.width; column += part) {
+                const int count = static_cast<int>(std::min(t.width - column, part));
+                const float* g = grad + j * t.width + column;
+                finite &= adam_part<kPlanes, Moment, kCoast>(t, a, coast, correction, key, j, row, column, count, g,
+                                                             ahead);
+            }
+            t.step[row] = now;
+            infinite += !finite;
         }
-        infinite += !finite;
     }
     return infinite;
 }
@@ -176,37 +218,6 @@ void read_coasted(const Table& t, const Coast& coast, float eps, int64_t n, cons
 }  // namespace
 
 extern "C" {
-
-// What AdamW needs to know of each of `n` rows: its step after this one (`now`, or where that is 0 one more than `step`
-// says), the scalars of its bias correction, and (where `random_key` is not null) a key for stochastic rounding.
-void meft_row_scalars(const int32_t* step, int64_t n, const int64_t* rows, int32_t now, double lr, double beta1,
-                      double beta2, uint64_t seed, int32_t* steps, float* step_size, float* inverse_root,
-                      uint32_t* random_key) {
-    struct Known {
-        int32_t t;
-        float step_size, inverse_root;
-    };
-    constexpr int kKnown = 256, kAhead = 16;  // rows that are touched together have mostly been touched equally often
-    Known known[kKnown] = {};                 // a step is at least 1
-    for (int64_t j = 0; j < n; ++j) {
-        if (!now) __builtin_prefetch(step + rows[std::min(j + kAhead, n - 1)]);
-        const int32_t t = now ? now : step[rows[j]] + 1;
-        Known& k = known[t % kKnown];
-        if (k.t != t) {
-            // In double: 1 - beta2^t is 1e-3 at the first step, where a float would lose four digits.
-            const double power = static_cast<double>(t);
-            k = {t, static_cast<float>(lr / (1.0 - std::pow(beta1, power))),
-                 static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, power)))};
-        }
-        steps[j] = t, step_size[j] = k.step_size, inverse_root[j] = k.inverse_root;
-        if (random_key) {  // the finaliser of SplitMix64 (S. Vigna, public domain)
-            uint64_t x = (static_cast<uint64_t>(rows[j]) << 32) + static_cast<uint64_t>(t) + seed;
-            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-            x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-            random_key[j] = static_cast<uint32_t>(x >> 32);
-        }
-    }
-}
 
 // AdamW over `n` distinct rows with gradients [n, width]; returns how many of them are no longer finite.
 int64_t meft_adam_rows(const Table* t, const Adam* a, const Coast* c, int64_t n, const int64_t* rows,

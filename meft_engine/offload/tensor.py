@@ -113,9 +113,9 @@ class PartiallyOffloadedTensor:
         with self.reading():
             return self._high, self._low
 
-    def row_table(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> RowTable:
-        """The table with its moments, as the passes over rows want it."""
-        return RowTable(self._high, self._low, exp_avg, exp_avg_sq)
+    def row_table(self, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> RowTable:
+        """The table with its moments and steps, as the passes over rows want it."""
+        return RowTable(self._high, self._low, exp_avg, exp_avg_sq, step)
 
     def fill(self, source: Tensor, low: Tensor | None = None) -> None:
         """Set all rows.

@@ -34,7 +34,6 @@ class RowUpdate:
     state: dict[str, Tensor]
     rows: Tensor
     grad: Tensor
-    steps: Tensor
     adam: AdamStep
     coast: Coast | None
     threads: int
@@ -49,7 +48,7 @@ class RowUpdate:
             infinite = 0
             for part in self._parts():
                 infinite += row_passes().adam_rows(
-                    self.table.row_table(self.state["exp_avg"], self.state["exp_avg_sq"]),
+                    self.table.row_table(**self.state),
                     part.rows,
                     part.grad,
                     part.adam,
@@ -57,7 +56,6 @@ class RowUpdate:
                     threads=self.threads,
                 )
                 beat()
-            self.state["step"].index_copy_(0, self.rows, self.steps)
             self.table.refresh(self.rows)
             if infinite:
                 raise NonFiniteRowsError(
@@ -73,16 +71,11 @@ class RowUpdate:
             return
         for start in range(0, self.rows.numel(), block):
             part = slice(start, start + block)
-            key, coast = self.adam.random_key, self.coast
+            coast = self.coast
             yield replace(
                 self,
                 rows=self.rows[part],
                 grad=self.grad[part],
-                adam=self.adam._replace(
-                    step_size=self.adam.step_size[part],
-                    inverse_root=self.adam.inverse_root[part],
-                    random_key=key[part] if key is not None else None,
-                ),
                 coast=coast._replace(of_row=coast.of_row[part]) if coast is not None else None,
             )
 
@@ -229,31 +222,22 @@ class SparseCPUAdam(torch.optim.Optimizer):
     ) -> RowUpdate:
         state = self.state[table.handle]
         lr, eps = float(group["lr"]), group["eps"]
-        coast, now, seed = None, 0, None
+        coast, now, seed = None, 0, 0
         if self._histories:
             history = self._histories[index]
             coast, now = history.coast(state["step"].index_select(0, rows), eps), history.steps + 1
         if self.moments_dtype == torch.bfloat16:
             seed = ((self._seed << 32) ^ zlib.crc32(table.name.encode())) * 0x9E3779B97F4A7C15 % (1 << 64)
-        scalars = row_passes().row_scalars(state["step"], rows, now=now, lr=lr, betas=group["betas"], seed=seed)
-        adam = AdamStep(
-            grad_scale=grad_scale,
-            betas=group["betas"],
-            eps=eps,
-            decay=1 - lr * group["weight_decay"],
-            step_size=scalars.step_size,
-            inverse_root=scalars.inverse_root,
-            random_key=scalars.random_key,
-        )
-        return RowUpdate(table, state, rows, grad, scalars.steps, adam, coast, self._threads)
+        decay = 1 - lr * group["weight_decay"]
+        adam = AdamStep(grad_scale, lr, tuple(group["betas"]), eps, decay, now, seed)
+        return RowUpdate(table, state, rows, grad, adam, coast, self._threads)
 
     def _read_current(self, table: PartiallyOffloadedTensor, index: int, rows: Tensor) -> Tensor | None:
         state, eps = self.state[table.handle], self.param_groups[index]["eps"]
         coast = self._histories[index].coast(state["step"].index_select(0, rows), eps)
         if coast is None:
             return None
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        return row_passes().read_coasted(table.row_table(*moments), rows, coast, eps, threads=table.threads)
+        return row_passes().read_coasted(table.row_table(**state), rows, coast, eps, threads=table.threads)
 
     def current(self, table: PartiallyOffloadedTensor) -> Tensor:
         """The compute copy [r, d] of a table, brought to date; what is stored stays as it is."""

@@ -47,7 +47,7 @@ class Update:
         while self.gate is not None and not self.gate.wait(0.005):
             beat()
         with self.table.writing():
-            high = self.table.row_table(None, None).high  # the rows themselves, without waiting
+            high = self.table.row_table(None, None, None).high  # the rows themselves, without waiting
             high[: ROWS // 2] = self.number
             self.inside()
             high[ROWS // 2 :] = self.number
@@ -165,7 +165,7 @@ def test_a_failure_is_raised_where_rows_are_waited_for_and_ever_after(worker, bl
             use()
     assert time.monotonic() - started < PATIENCE / 2
     worker._thread.join(timeout=PATIENCE)
-    assert not worker._thread.is_alive() and (behind.row_table(None, None).high == 0).all()
+    assert not worker._thread.is_alive() and (behind.row_table(None, None, None).high == 0).all()
 
 
 def test_a_hang_is_told_within_the_timeout():
