@@ -150,7 +150,7 @@ def main() -> int:
     overlapped = max(3, args.repetitions // 3)
 
     sizes = (args.threads, cache)
-    with tqdm(total=8 * (args.repetitions + 1) + overlapped, disable=None, unit="round") as bar:
+    with tqdm(total=2 * args.repetitions + 8 + overlapped, disable=None, unit="round") as bar:
         # All memory is taken before anything is timed and given back afterwards: a system that is busy with what was
         # freed (and a hypervisor that takes it back) is felt by everything that runs meanwhile.
         table, grown = Comparison(args.rows, args.width, *sizes), Growth(args.rows, args.width // 2, *sizes)
@@ -171,7 +171,7 @@ def main() -> int:
         gc.collect()
 
         bar.set_description("steps of SparseAdam")
-        sparse = step_sparse(args.rows, args.width, cache, args.repetitions, bar.update)
+        sparse = step_sparse(args.rows, args.width, *sizes, args.repetitions, bar.update)
         for timing in sparse.values():
             tqdm.write(timing.line(floor))
         gc.collect()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -117,30 +119,36 @@ class Growth:
 
 
 def step_sparse(
-    rows: int, width: int, cache: int, repetitions: int, advance: Callable[[], None]
+    rows: int, width: int, threads: int, cache: int, repetitions: int, advance: Callable[[], None]
 ) -> dict[float, Timing]:
-    """SparseAdam by the percentage of touched rows, with the rows of :class:`Comparison`.
+    """SparseAdam by the percentage of touched rows, with the rows of :class:`Comparison`, each in a process of its own.
 
-    It has a stage of its own because its steps take and free hundreds of megabytes, of which others feel the
-    consequences: while they ran beside it, steps of ours took up to four times as long. And it does one share after the
-    other, as a training would: malloc's habits depend on the sizes that came before.
+    Its steps take and free hundreds of megabytes, of which whatever runs beside them feels the consequences: steps of
+    ours took up to four times as long. And whether that memory comes from the system each time or from what malloc has
+    kept, which makes a difference of two, depends on all that the process did before.
     """
-    start = torch.randn(rows, width).mul_(0.02)
-    sparse, watch = TorchSparse(start), Stopwatch(cache, width)
-    before = TorchSparse(start[: watch.rows])
     found = {}
     for share in SHARES:
         if share <= LARGEST_SPARSE:
-            count = _count(rows, share)
-            case = f"{share:g} % of the rows"
-            found[share] = Timing("torch SparseAdam", case, count, count * width * BYTES_PER_ELEMENT)
-    grad = torch.empty(_count(rows, LARGEST_SPARSE), width)
-    for timing in found.values():
-        for repetition in _repetitions(repetitions, [timing], advance):
-            part = grad[: timing.rows].normal_()
-            sparse.prepare(_order(rows, repetition)[: timing.rows], part)
-            watch.time(timing, sparse, before)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                arguments = (rows, width, threads, cache, repetitions, share)
+                found[share] = process.submit(_step_sparse, *arguments).result()
+            advance()
     return found
+
+
+def _step_sparse(rows: int, width: int, threads: int, cache: int, repetitions: int, share: float) -> Timing:
+    torch.set_num_threads(threads)
+    start = torch.randn(rows, width).mul_(0.02)
+    sparse, watch = TorchSparse(start), Stopwatch(cache, width)
+    before = TorchSparse(start[: watch.rows])
+    count = _count(rows, share)
+    grad = torch.empty(count, width)
+    timing = Timing("torch SparseAdam", f"{share:g} % of the rows", count, count * width * BYTES_PER_ELEMENT)
+    for repetition in _repetitions(repetitions, [timing], lambda: None):
+        sparse.prepare(_order(rows, repetition)[:count], grad.normal_())
+        watch.time(timing, sparse, before)
+    return timing
 
 
 def _order(rows: int, repetition: int) -> torch.Tensor:
