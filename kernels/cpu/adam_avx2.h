@@ -1,4 +1,4 @@
-// AdamW over consecutive columns of a row, 16 at a time, for processors with AVX2. Gives the bits of the plain loop in
+// AdamW over the columns of a row, 16 at a time, for processors with AVX2. Gives the bits of the plain loop in
 // rows.cpp, which compilers vectorise too, but into chains of dependent operations that take twice the time.
 
 #pragma once
@@ -21,10 +21,9 @@ struct Scalars {
     uint32_t key;
 };
 
-// Columns of a row; Master is uint16_t for planes, float for whole masters.
+// A row; Master is uint16_t for planes, float for whole masters.
 template <typename Master, typename Moment>
-struct Columns {
-    int64_t first;  // its number, a multiple of 16
+struct Row {
     int count;
     Master* master;
     uint16_t* low;
@@ -33,22 +32,22 @@ struct Columns {
     const float* grad;
 };
 
-// Does the first `count & ~15` columns and sets `largest` to at least the largest upper half of a master, sign removed.
+// Does the first `count & ~15` columns and raises `largest` to at least the largest upper half of a master, sign removed.
 //
 // The divider is slow, and a step's root, quotient and difference wait for each other. So 16 columns begin while the 16
 // before them are divided and finished: then a processor finds something else to do within the few dozen instructions
 // that it looks ahead. Later columns are fetched by hand, because rows are too short for the hardware to notice where
 // they go on, and the next row lies anywhere.
 template <typename Master, typename Moment>
-int adam_avx2(const Scalars& s, const Columns<Master, Moment>& c, const Ahead& ahead, uint32_t& largest) {
+int adam_avx2(const Scalars& s, const Row<Master, Moment>& row, const Ahead& ahead, uint32_t& largest) {
     constexpr bool kPlanes = std::is_same_v<Master, uint16_t>, kPairs = std::is_same_v<Moment, Pair>;
-    const int whole = c.count & ~15;
+    const int whole = row.count & ~15;
     if (!whole) return 0;
-    Master* __restrict master = c.master;
-    uint16_t* __restrict low = c.low;
-    Moment* __restrict exp_avg = c.exp_avg;
-    float* __restrict exp_avg_sq = c.exp_avg_sq;
-    const float* __restrict grad = c.grad;
+    Master* __restrict master = row.master;
+    uint16_t* __restrict low = row.low;
+    Moment* __restrict exp_avg = row.exp_avg;
+    float* __restrict exp_avg_sq = row.exp_avg_sq;
+    const float* __restrict grad = row.grad;
 
     const auto all = [](float x) { return _mm256_set1_ps(x); };
     const auto constant = [](uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); };
@@ -61,8 +60,7 @@ int adam_avx2(const Scalars& s, const Columns<Master, Moment>& c, const Ahead& a
     const __m256 inverse_root = all(s.inverse_root);
     const __m256i lower_half = constant(0xFFFF), upper_half = constant(kUpper), zero = _mm256_setzero_si256();
     const __m256i lanes = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), constant(kOdd));
-    const uint32_t first = s.key + static_cast<uint32_t>(c.first / 2) * kOdd;
-    __m256i counter = _mm256_add_epi32(constant(first), lanes), most = zero;
+    __m256i counter = _mm256_add_epi32(constant(s.key), lanes), most = zero;
 
     const auto fetch = [&](int64_t table, int64_t gradient) MEFT_INLINE {
         __builtin_prefetch(exp_avg + table);

@@ -131,8 +131,8 @@ inline bool adam_part(const Table& t, const Adam& a, const Coast& coast, const C
 #if defined(__AVX2__)
     if constexpr (!kCoast) {
         const Scalars s{grad_scale, beta1, rest1, beta2, rest2, eps, decay, step_size, inverse_root, key};
-        const Columns<Master, Moment> columns{column, count, master, low, exp_avg, exp_avg_sq, grad};
-        i = adam_avx2(s, columns, ahead, largest);
+        const Row<Master, Moment> whole{count, master, low, exp_avg, exp_avg_sq, grad};
+        i = adam_avx2(s, whole, ahead, largest);
     }
 #endif
     for (; i < count; ++i) {
