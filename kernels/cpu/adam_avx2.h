@@ -32,7 +32,7 @@ struct Row {
     const float* grad;
 };
 
-// Does the first `count & ~15` columns and raises `largest` to at least the largest upper half of a master, sign removed.
+// Does the first `count & ~15` columns; raises `largest` to at least the largest upper half of a master, sign removed.
 //
 // The divider is slow, and a step's root, quotient and difference wait for each other. So 16 columns begin while the 16
 // before them are divided and finished: then a processor finds something else to do within the few dozen instructions

@@ -34,8 +34,8 @@ inline float join(uint16_t high, uint16_t low) {
 }
 
 // Random bits for stochastic rounding, 16 for each moment of a column. `key` is a full hash of (seed, row, step). For
-// every column the hash below maps keys one to one, so over its steps an element's bits are uniform, and those of its two
-// moments independent; one multiplication then suffices to tell columns apart. A hash gives 32 bits and serves two
+// every column the hash below maps keys one to one, so over its steps an element's bits are uniform, and those of its
+// two moments independent; one multiplication then suffices to tell columns apart. A hash gives 32 bits and serves two
 // columns, eight apart: `exp_avg` of the one and `exp_avg_sq` of the other have the same.
 constexpr uint32_t kOdd = 0x9E3779B9u, kFactor = 0xC2B2AE35u;
 

@@ -64,8 +64,8 @@ bool inspect(const Table& t, int64_t at, int64_t count) {
     return finite;
 }
 
-// What bias correction makes of a step. Rows that are touched together have mostly been touched equally often, so a thread
-// remembers what it has worked out.
+// What bias correction makes of a step. Rows that are touched together have mostly been touched equally often, so a
+// thread remembers what it has worked out.
 struct Correction {
     int32_t t;  // a step is at least 1
     float step_size, inverse_root;
@@ -102,7 +102,8 @@ inline uint32_t random_key(uint64_t seed, int64_t row, int32_t t) {
 // line that is written has been read.)
 Ahead look_ahead(const Table& t, int64_t n, const int64_t* rows, int64_t j) {
     constexpr int64_t kColumns = 512;
-    const int64_t further = std::max<int64_t>(1, kColumns / std::max<int64_t>(1, t.width)), next = std::min(j + further, n - 1);
+    const int64_t further = std::max<int64_t>(1, kColumns / std::max<int64_t>(1, t.width));
+    const int64_t next = std::min(j + further, n - 1);
     const int64_t turn = std::max<int64_t>(0, t.width - kColumns), back = turn ? kColumns - t.width : 0;
     return {turn, kColumns, kColumns, (rows[next] - rows[j]) * t.width + back, (next - j) * t.width + back};
 }
@@ -110,7 +111,8 @@ Ahead look_ahead(const Table& t, int64_t n, const int64_t* rows, int64_t j) {
 // AdamW over `count` columns of row `j` of the call. Returns whether they are still finite.
 template <bool kPlanes, typename Moment, bool kCoast>
 inline bool adam_part(const Table& t, const Adam& a, const Coast& coast, const Correction& correction, uint32_t key,
-                      int64_t j, int64_t row, int64_t column, int count, const float* __restrict grad, [[maybe_unused]] const Ahead& ahead) {
+                      int64_t j, int64_t row, int64_t column, int count, const float* __restrict grad,
+                      [[maybe_unused]] const Ahead& ahead) {
     using Master = std::conditional_t<kPlanes, uint16_t, float>;
     const int64_t at = row * t.width + column;
     float w_idle[kChunk], m_idle[kChunk], v_idle[kChunk];
