@@ -40,7 +40,7 @@ def catch_up(attached: AttachedAdapters, optimizer_file: Path, weights_file: Pat
                 rows = torch.arange(table.rows)
                 if exp_avg.dtype == torch.bfloat16:
                     exp_avg, exp_avg_sq = paired_moments(torch.stack((exp_avg_sq, exp_avg), dim=2))
-                stored = RowTable(high, low, exp_avg, exp_avg_sq)
+                stored = RowTable(high, low, exp_avg, exp_avg_sq, step)
                 found = row_passes().read_coasted(stored, rows, coast, group["eps"], threads=table.threads)
                 # Rounded as training would have read it.
                 table.fill(planes.split(found)[0] if low is not None else found)
