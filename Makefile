@@ -14,7 +14,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-slow bench-optimizer lint format clean
+.PHONY: venv demo test test-families test-slow bench-optimizer lint format clean
 
 venv: $(STAMP)
 
@@ -28,7 +28,11 @@ demo: $(STAMP)
 	$(BIN)/python launch/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -x -q -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -x -q -m "not slow and not families" $(PYTEST_ARGS)
+
+# What an adapter does, for every family of models.
+test-families: $(STAMP)
+	$(BIN)/python -m pytest tests/integration/test_families.py -q $(PYTEST_ARGS)
 
 # What first compiles DeepSpeed's own operators, a minute each.
 test-slow: $(STAMP)

@@ -21,6 +21,7 @@ _MODULE_OF = {
     "SparseCPUAdam": "meft_engine.optim.sparse_adam",
     "PartiallyOffloadedTensor": "meft_engine.offload.tensor",
     "load_adapter": "meft_engine.checkpoint.adapter_files",
+    "unload_adapter": "meft_engine.adapter.attach",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

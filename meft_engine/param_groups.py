@@ -45,7 +45,7 @@ def rebuild_groups(groups: list[dict[str, Any]], attached: AttachedAdapters) -> 
     group_of = {id(p): index for index, group in enumerate(kept) for p in group["params"]}
     home = {}
     for name, ffn in attached.ffns.items():
-        members = (group_of[id(p)] for p in ffn.module.parameters() if id(p) in group_of)
+        members = (group_of[id(p)] for p in ffn.entry.parameters() if id(p) in group_of)
         home[name] = next(members, 0)
     anchors = next(iter(attached.adapters.values())).anchors
     all_routers = {id(adapter.router) for adapter in attached.adapters.values()}

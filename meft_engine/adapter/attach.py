@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from meft_engine.adapter.calls import CallTracker
 from meft_engine.adapter.discover import FFN, find_ffns
 from meft_engine.adapter.initialize import initial_keys, initial_router
-from meft_engine.adapter.module import SparseAdapter, add_to_output
+from meft_engine.adapter.module import SparseAdapter, listen
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.cores import rank_cores
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
@@ -107,12 +108,34 @@ def attach(
         adapter = SparseAdapter(ffn.name, config, router, *tables, trackers[ffn.stack])
         adapter.train(ffn.module.training)
         ffn.module.meft_adapter = adapter
-        ffn.module.register_forward_hook(add_to_output, with_kwargs=True)
+        adapter.hooks += [*listen(adapter, ffn.entry, ffn.exit), *trackers[ffn.stack].hooks]
         attached.adapters[ffn.name], attached.ffns[ffn.name] = adapter, ffn
         attached.base_samples[ffn.name] = base_sample(gate_weight)
-    if trainable:
-        _let_embeddings_require_grad(model)
+    embedding_hooks = _let_embeddings_require_grad(model) if trainable else []
+    for adapter in attached.adapters.values():
+        adapter.hooks += embedding_hooks
     return attached
+
+
+def unload_adapter(model: nn.Module) -> nn.Module:
+    """Take MEFT adapters off a model again and give their memory back; not while an engine trains them.
+
+    Returns:
+        The same model, which is what it was before they were attached.
+
+    Raises:
+        MeftConfigError: if it has none.
+    """
+    holders = [module for module in model.modules() if isinstance(module._modules.get("meft_adapter"), SparseAdapter)]
+    if not holders:
+        raise MeftConfigError(f"this {type(model).__name__} has no MEFT adapters to unload")
+    for module in holders:
+        adapter = module._modules.pop("meft_adapter")
+        for hook in adapter.hooks:
+            hook.remove()
+        adapter.keys.close()
+        adapter.values.close()
+    return model
 
 
 def _anonymous_memory() -> int:
@@ -127,12 +150,11 @@ def base_sample(gate_weight: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
 
 
-def _let_embeddings_require_grad(model: nn.Module) -> None:
+def _let_embeddings_require_grad(model: nn.Module) -> list[RemovableHandle]:
     """Over a frozen base no input of the first layer requires grad, and reentrant checkpointing would then build no
     graph for it, in silence. transformers' ``enable_input_require_grads`` does the same for PEFT."""
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if embeddings is not None:
-        embeddings.register_forward_hook(_require_grad)
+    return [embeddings.register_forward_hook(_require_grad)] if embeddings is not None else []
 
 
 def _require_grad(module: nn.Module, args: tuple, output: Tensor) -> Tensor:

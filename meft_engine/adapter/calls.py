@@ -48,11 +48,15 @@ class CallTracker:
         self._running: list[Call] = []
         self._live: weakref.WeakSet[Call] = weakref.WeakSet()
         self._signature = inspect.signature(stack.forward)
-        stack.register_forward_pre_hook(self._enter, with_kwargs=True)
-        stack.register_forward_hook(self._leave, always_call=True)
+        self.hooks = [
+            stack.register_forward_pre_hook(self._enter, with_kwargs=True),
+            stack.register_forward_hook(self._leave, always_call=True),
+        ]
 
     def real_tokens(self, shape: torch.Size) -> Tensor | None:
-        """[T] positions of the real tokens of hidden states of ``shape`` [batch, seq, d]; ``None``: all are real.
+        """[T] positions of the real tokens of hidden states of ``shape`` [batch, seq, d] or [batch · seq, d].
+
+        ``None``: all are real.
 
         Raises:
             ValueError: if the attention mask does not fit the hidden states.
@@ -60,6 +64,8 @@ class CallTracker:
         mask = self._running[-1].mask if self._running else None
         if mask is None:
             return None
+        if len(shape) == 2 and shape[0] % mask.shape[0] == 0:
+            shape = torch.Size((mask.shape[0], shape[0] // mask.shape[0], shape[1]))
         if len(shape) != 3 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
             raise ValueError(
                 f"attention_mask of shape {tuple(mask.shape)} does not cover hidden states of shape {tuple(shape)}"

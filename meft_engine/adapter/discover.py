@@ -3,37 +3,98 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from meft_engine.config import AdapterConfig, MeftConfigError
 
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True)
 class FFN:
-    """A gated FFN of the model."""
+    """An FFN of the model, or a block of experts in its place."""
 
     name: str
     """Its name in the model, such as ``model.layers.3.mlp``."""
     module: nn.Module
+    """Holds the adapter."""
+    entry: nn.Module
+    """Its input is the FFN's; often the FFN itself."""
+    exit: nn.Module
+    """Its output is the FFN's; often the FFN itself."""
     layer: int
     """The index of its layer."""
     stack: str
     """Name of the module that runs the layers (and receives the attention mask), such as ``model``."""
+    first_weight: Callable[[], Tensor]
 
     @property
     def gate_weight(self) -> Tensor:
-        """Weight [f, d] of the gate projection; under PEFT, the frozen one below the adapter."""
-        projection = self.module.gate_proj
-        return getattr(projection, "base_layer", projection).weight
+        """Weight [f, d] of what the input meets first: of the gate, where there is one, and of all experts; under PEFT,
+        the frozen one below the adapter."""
+        return self.first_weight()
 
     @property
     def width(self) -> int:
         """The model's width d."""
         return self.gate_weight.shape[1]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How the FFNs of some families are built: the names of their parts, the first of which the input meets."""
+
+    parts: tuple[str, ...]
+    weight: Callable[[nn.Module], Tensor]
+    split: bool = False
+    """The parts stand in a module that does more than the FFN does, so the first and last of them are listened to."""
+
+    def fits(self, module: nn.Module) -> bool:
+        return all(isinstance(getattr(module, part, None), nn.Module) for part in self.parts)
+
+
+def _rows(projection: nn.Module) -> Tensor:
+    """The weight [f, d] of a projection."""
+    projection = getattr(projection, "base_layer", projection)
+    # transformers' Conv1D, GPT-2's projection, keeps [d, f].
+    return projection.weight.T if type(projection).__name__ == "Conv1D" else projection.weight
+
+
+def _first_half(projection: nn.Module) -> Tensor:
+    """The gate of a projection that holds gate and up, in this order."""
+    weight = _rows(projection)
+    return weight[: weight.shape[0] // 2]
+
+
+def _of_experts(experts: nn.Module) -> Tensor:
+    """The gates of all experts, one below the other, whether they are modules or stacked [experts, 2 f, d]."""
+    if isinstance(experts, nn.ModuleList):
+        gates = [next(getattr(e, part) for part in ("gate_proj", "w1") if hasattr(e, part)) for e in experts]
+        return torch.cat([_rows(gate) for gate in gates])
+    stacked = experts.gate_up_proj
+    return stacked[:, : stacked.shape[1] // 2].flatten(0, 1)
+
+
+def _is_expert_block(module: nn.Module) -> bool:
+    experts = getattr(module, "experts", None)
+    if isinstance(experts, nn.ModuleList):
+        return bool(len(experts)) and any(hasattr(experts[0], part) for part in ("gate_proj", "w1"))
+    stacked = getattr(experts, "gate_up_proj", None)
+    return isinstance(experts, nn.Module) and isinstance(stacked, Tensor) and stacked.dim() == 3
+
+
+# Llama, Mistral, Qwen, Gemma, OLMo · Phi-3 · T5 and its gated form · GPT-NeoX, Falcon, Bloom · GPT-2 · OPT, Phi-2, BART
+_SHAPES = (
+    _Shape(("gate_proj", "up_proj", "down_proj"), lambda m: _rows(m.gate_proj)),
+    _Shape(("gate_up_proj", "down_proj"), lambda m: _first_half(m.gate_up_proj)),
+    _Shape(("wi_0", "wi_1", "wo"), lambda m: _rows(m.wi_0)),
+    _Shape(("wi", "wo"), lambda m: _rows(m.wi)),
+    _Shape(("dense_h_to_4h", "dense_4h_to_h"), lambda m: _rows(m.dense_h_to_4h)),
+    _Shape(("c_fc", "c_proj"), lambda m: _rows(m.c_fc)),
+    _Shape(("fc1", "fc2"), lambda m: _rows(m.fc1), split=True),
+)
 
 
 def find_ffns(model: nn.Module, config: AdapterConfig) -> list[FFN]:
@@ -42,25 +103,19 @@ def find_ffns(model: nn.Module, config: AdapterConfig) -> list[FFN]:
     Raises:
         MeftConfigError: if there is none, or ``layers_to_transform`` or ``target_modules`` matches none.
     """
-    found = [
-        FFN(name, module, *_place(name))
-        for name, module in model.named_modules()
-        if all(isinstance(getattr(module, projection, None), nn.Module) for projection in _PROJECTIONS)
-    ]
+    every = found = _recognised(model)
+    patterns = config.target_modules
+    if patterns is not None:
+        named = [f for f in found if _matches(f.name, patterns)] or _as_named(model, patterns, found)
+        if not named:
+            known = f'FFNs, which are named like "{found[0].name}"' if found else "modules"
+            raise MeftConfigError(f"adapter.target_modules = {patterns} matches none of the model's {known}")
+        every, found = found or named, named
     if not found:
         raise MeftConfigError(
-            f"no FFN with {', '.join(_PROJECTIONS)} found in {type(model).__name__}; MEFT adapts models of the Llama "
-            "family"
+            f"no FFN found in {type(model).__name__}; name the modules that take its part in adapter.target_modules"
         )
-    layers = config.layer_indices(1 + max(f.layer for f in found))
-    if config.target_modules is not None:
-        named = [f for f in found if any(re.search(rf"(?:{p})$", f.name) for p in config.target_modules)]
-        if not named:
-            raise MeftConfigError(
-                f"adapter.target_modules = {config.target_modules} matches none of the model's FFNs, which are named "
-                f'like "{found[0].name}"'
-            )
-        found = named
+    layers = config.layer_indices(1 + max(f.layer for f in every))
     if layers is None:
         return found
     chosen = [f for f in found if f.layer in layers]
@@ -72,11 +127,56 @@ def find_ffns(model: nn.Module, config: AdapterConfig) -> list[FFN]:
     return chosen
 
 
+def _recognised(model: nn.Module) -> list[FFN]:
+    found: list[FFN] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{f.name}.") for f in found if not _is_split(f)):
+            continue  # an expert of a block that is adapted as a whole
+        if _is_expert_block(module):
+            experts = module.experts
+            found.append(FFN(name, module, module, module, *_place(name), lambda e=experts: _of_experts(e)))
+            continue
+        shape = next((shape for shape in _SHAPES if shape.fits(module)), None)
+        if shape is not None:
+            first, last = shape.parts[0], shape.parts[-1]
+            ends = (getattr(module, first), getattr(module, last)) if shape.split else (module, module)
+            found.append(FFN(name, module, *ends, *_place(name), lambda s=shape, m=module: s.weight(m)))
+    return found
+
+
+def _is_split(ffn: FFN) -> bool:
+    return ffn.entry is not ffn.module
+
+
+def _as_named(model: nn.Module, patterns: list[str], recognised: list[FFN]) -> list[FFN]:
+    """Modules that the user names and that are built in no way known here; the outermost ones that match.
+
+    They have to hold a linear layer and to give back the width that it takes, and to be no more than an FFN: a whole
+    layer, which holds one, is not what was meant.
+    """
+    found: list[FFN] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{f.name}.") for f in found)
+        around = any(f.name.startswith(f"{name}.") for f in recognised)
+        if inside or around or not name or not _matches(name, patterns):
+            continue
+        linear = [m for m in module.modules() if isinstance(m, nn.Linear) and m is not module]
+        if linear and linear[0].in_features == linear[-1].out_features:
+            # A sequence would run whatever is put into it.
+            holder = linear[0] if isinstance(module, nn.Sequential) else module
+            found.append(FFN(name, holder, module, module, *_place(name), lambda m=linear[0]: _rows(m)))
+    return found
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(re.search(rf"(?:{pattern})$", name) for pattern in patterns)
+
+
 def _place(name: str) -> tuple[int, str]:
     """The layer's index and the stack's name: ``a.layers.3.mlp`` is in layer 3 of the stack ``a``."""
     parts = name.split(".")
-    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not numbered:
+    # The first number: T5's layers are lists themselves, as in ``encoder.block.3.layer.1.DenseReluDense``.
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
         return 0, ""
-    last = numbered[-1]
-    return int(parts[last]), ".".join(parts[: max(0, last - 1)])
+    return int(parts[number]), ".".join(parts[: max(0, number - 1)])

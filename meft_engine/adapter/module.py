@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from meft_engine.adapter.autograd import ApplyRows
 from meft_engine.adapter.calls import CallTracker, recomputing
@@ -42,6 +43,7 @@ class SparseAdapter(nn.Module):
         self.keys, self.values = keys, values
         self.stats = RoutingStats()
         self._calls, self._config = calls, config
+        self.hooks: list[RemovableHandle] = []
         # Makes autograd visit ApplyRows where no input requires grad (a first layer over a frozen base, gate "none").
         # A buffer or parameter would be cast and counted; this is neither.
         self.__dict__["_tripwire"] = torch.zeros((), requires_grad=keys.trainable)
@@ -112,7 +114,32 @@ class SparseAdapter(nn.Module):
         )
 
 
-def add_to_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Forward hook of an FFN: its output plus its adapter's contribution."""
-    h = args[0] if args else next(iter(kwargs.values()))
-    return output + module.meft_adapter(h)
+def listen(adapter: SparseAdapter, entry: nn.Module, exit: nn.Module) -> list[RemovableHandle]:
+    """Let the adapter read what ``entry`` gets and add to what ``exit`` gives; often they are one module."""
+    if entry is exit:
+        return [
+            entry.register_forward_hook(
+                lambda module, args, kwargs, output: _added(output, adapter(_first(args, kwargs))), with_kwargs=True
+            )
+        ]
+    # Between the two nothing else of this layer runs, so one place is enough.
+    pending: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        pending[:] = [_first(args, kwargs)]
+
+    return [
+        entry.register_forward_pre_hook(keep, with_kwargs=True),
+        exit.register_forward_hook(lambda module, args, output: _added(output, adapter(pending.pop()))),
+    ]
+
+
+def _first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _added(output: Any, contribution: Tensor) -> Any:
+    """An FFN's output plus the contribution; some blocks of experts give their router's logits besides."""
+    if isinstance(output, tuple):
+        return (output[0] + contribution, *output[1:])
+    return output + contribution

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from meft_engine.adapter import attach as attach_module
 from meft_engine.adapter.attach import AttachedAdapters, attach
@@ -100,12 +99,39 @@ def test_ffns_that_are_not_there_get_a_sentence(adapter, sentence):
         find_ffns(tiny_llama(), tiny_config(adapter).adapter)
 
 
-def test_a_model_without_gated_ffns_gets_a_sentence():
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=97, n_embd=12, n_layer=1, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2)
-    )
-    with pytest.raises(MeftConfigError, match="no FFN with gate_proj, up_proj, down_proj found in GPT2LMHeadModel; "):
-        attached_to(model)
+class Mixer(torch.nn.Module):
+    """A model that is built like nothing in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 12)) for _ in range(2)
+        )
+        self.head = torch.nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.inner:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_a_model_without_ffns_gets_a_sentence():
+    with pytest.raises(MeftConfigError, match="no FFN found in Mixer; name the modules .* in adapter.target_modules$"):
+        attached_to(Mixer())
+    for pattern in ("head", "outer"):  # one gives another width than it takes
+        with pytest.raises(MeftConfigError, match=f"= \\['{pattern}'\\] matches none of the model's modules$"):
+            attached_to(Mixer(), {"target_modules": [pattern]})
+
+
+def test_any_module_that_is_named_gets_an_adapter():
+    model, x = Mixer(), torch.randn(2, 7, 12)
+    before = model(x)
+    attached = attached_to(model, {"target_modules": [r"inner\.\d"], "init_keys": "ffn", "rows": 20, "num_experts": 5})
+    assert list(attached.adapters) == ["inner.0", "inner.1"]
+    assert torch.equal(attached.adapters["inner.1"].keys.master, model.inner[1][0].weight)
+    assert torch.equal(model(x), before)
+    fill_values(attached)
+    assert not torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("first, second", [("", ""), ("", "model"), ("model", "")])
