@@ -57,9 +57,10 @@ class AdapterConfig(_Section):
     """
 
     target_modules: list[str] | None = None
-    """Module-name patterns (regular expressions, matched against the end of the name) of the FFNs to adapt.
+    """Module-name patterns (regular expressions, matched against the end of the name) of the FFNs to adapt, or
+    of other modules that hold a linear layer and give back the width that they take.
 
-    ``null``: every module with the structure of a gated FFN (gate, up and down projections).
+    ``null``: every FFN; where there are experts, the block of them.
     """
 
     layers_to_transform: list[int] | str | None = None

@@ -16,11 +16,7 @@ from tests.families import FAMILIES, VOCAB, Family, fill_values, tiny_config
 _IN_EVERY_RUN = {"Phi-3", "GPT-2", "OPT", "Qwen2-MoE", "T5"}
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, id=name, marks=() if name in _IN_EVERY_RUN else pytest.mark.families) for name in FAMILIES
-    ]
-)
+@pytest.fixture(params=[pytest.param(n, marks=() if n in _IN_EVERY_RUN else pytest.mark.families) for n in FAMILIES])
 def family(request) -> Family:
     return FAMILIES[request.param]
 
@@ -47,6 +43,7 @@ def adapted(family: Family, dtype: torch.dtype = torch.float32, **adapter) -> tu
     return model, attached
 
 
+@pytest.mark.behaviour("step 0 is the base")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_attaching_changes_nothing_but_what_it_adds(family, dtype):
     model = family.model().to(dtype)
@@ -78,6 +75,7 @@ FIRST = {
 }
 
 
+@pytest.mark.behaviour("keys from the FFN")
 def test_keys_start_as_the_rows_that_the_input_meets_first(family):
     model = family.model()
     name = next(name for name, value in FAMILIES.items() if value is family)
@@ -88,6 +86,7 @@ def test_keys_start_as_the_rows_that_the_input_meets_first(family):
     assert torch.equal(adapter.keys.master, expected[:rows])
 
 
+@pytest.mark.behaviour("output as defined, padding")
 @pytest.mark.parametrize("pad", [0, 2])
 def test_the_output_is_the_definition_beside_every_ffn(family, pad):
     """Against the base model with the reference added between the modules that the list of families names."""
@@ -145,12 +144,14 @@ def frozen(family: Family) -> tuple[nn.Module, AttachedAdapters]:
     return model, attached
 
 
+@pytest.mark.behaviour("gradients")
 def test_keys_values_and_routers_of_every_layer_get_gradients_and_nothing_else_does(family):
     model, attached = frozen(family)
     assert all(float(g.abs().max()) > 0 for g in gradients(model, attached, family))
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.behaviour("activation checkpointing")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_activation_checkpointing_gives_the_same_gradients(family, reentrant):
     expected = gradients(*frozen(family), family)
@@ -160,6 +161,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family, reentrant):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.behaviour("generate, cache, left padding")
 def test_greedy_generation_does_not_depend_on_the_batch_or_on_padding(family):
     """With a cache, prompts of several lengths padded on the left, against one prompt at a time without a cache."""
     model, _ = adapted(family)
@@ -175,6 +177,7 @@ def test_greedy_generation_does_not_depend_on_the_batch_or_on_padding(family):
         assert alone[0, -6:].tolist() == continuation.tolist()
 
 
+@pytest.mark.behaviour("save and load")
 def test_a_saved_adapter_gives_a_fresh_model_the_same_logits(family, tmp_path):
     model, attached = adapted(family)
     save_adapter(attached, tmp_path)
@@ -183,6 +186,7 @@ def test_a_saved_adapter_gives_a_fresh_model_the_same_logits(family, tmp_path):
     assert torch.equal(logits_of(loaded, family, 2), logits_of(model, family, 2))
 
 
+@pytest.mark.behaviour("unload")
 def test_unloading_leaves_the_base_as_it_was(family):
     base = family.model()
     model, _ = adapted(family)
@@ -199,6 +203,7 @@ def test_unloading_leaves_the_base_as_it_was(family):
         unload_adapter(model)
 
 
+@pytest.mark.behaviour("torch.compile")
 @pytest.mark.families
 def test_the_rest_of_a_compiled_model_is_compiled(family):
     """Adapters stand outside of the compiled graphs; the result is that of the plain model."""
