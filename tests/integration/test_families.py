@@ -11,6 +11,7 @@ from meft_engine.checkpoint.adapter_files import load_adapter, save_adapter
 from meft_engine.config import MeftConfigError
 from meft_kernels import reference
 from tests.families import FAMILIES, VOCAB, Family, fill_values, tiny_config
+from tests.integration.engines import build_engine, masters
 
 # Few in `make test`, all in `make test-families`: one of each way to build an FFN.
 _IN_EVERY_RUN = {"Phi-3", "GPT-2", "OPT", "Qwen2-MoE", "T5"}
@@ -159,6 +160,26 @@ def test_activation_checkpointing_gives_the_same_gradients(family, reentrant):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for found, wanted in zip(gradients(model, attached, family), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.behaviour("trains in the engine")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_engine_trains_it(family, stage):
+    """The loss falls, rows of every table move, and the base stays."""
+    engine = build_engine(family.model(), stage=stage, adam={"lr": 3e-2})
+    base = {n: p.detach().clone() for n, p in engine.module.named_parameters() if not p.requires_grad}
+    inputs, before = batch(family, 2), masters(engine)
+    inputs.setdefault("labels", inputs["input_ids"])
+    losses = []
+    for _ in range(8):
+        loss = engine(**inputs, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all((rows != before[name]).any() for name, rows in masters(engine).items())
+    assert base and all(torch.equal(p, base[n]) for n, p in engine.module.named_parameters() if n in base)
+    engine.destroy()
 
 
 @pytest.mark.behaviour("generate, cache, left padding")
