@@ -200,7 +200,7 @@ def test_a_bad_block(allocated):
 
 def test_a_model_without_an_ffn(allocated):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    refuse(allocated, "no FFN", "gate_proj", "Sequential", model=model)
+    refuse(allocated, "no FFN", "adapter.target_modules", "Sequential", model=model)
 
 
 def test_a_layer_that_is_not_there(allocated):
