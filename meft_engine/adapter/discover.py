@@ -81,8 +81,11 @@ def _is_expert_block(module: nn.Module) -> bool:
     experts = getattr(module, "experts", None)
     if isinstance(experts, nn.ModuleList):
         return bool(len(experts)) and any(hasattr(experts[0], part) for part in ("gate_proj", "w1"))
-    stacked = getattr(experts, "gate_up_proj", None)
-    return isinstance(experts, nn.Module) and isinstance(stacked, Tensor) and stacked.dim() == 3
+    gate_up, down = (getattr(experts, part, None) for part in ("gate_up_proj", "down_proj"))
+    if not all(isinstance(stacked, Tensor) and stacked.dim() == 3 for stacked in (gate_up, down)):
+        return False
+    # [experts, 2 f, d] and [experts, d, f]; some families, such as GPT-OSS, turn them and mix gate and up.
+    return gate_up.shape[1:] == (2 * down.shape[2], down.shape[1])
 
 
 # Llama, Mistral, Qwen, Gemma, OLMo · Phi-3 · T5 and its gated form · GPT-NeoX, Falcon, Bloom · GPT-2 · OPT, Phi-2, BART

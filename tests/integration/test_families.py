@@ -81,10 +81,12 @@ def test_keys_start_as_the_rows_that_the_input_meets_first(family):
     model = family.model()
     name = next(name for name, value in FAMILIES.items() if value is family)
     expected = FIRST.get(name, lambda m: m.model.layers[0].mlp.gate_proj.weight)(model).detach().clone()
-    rows = 4 * (len(expected) // 4)
-    config = tiny_config({"init_keys": "ffn", "rows": rows, "num_experts": 4})
+    count = len(expected)
+    config = tiny_config({"init_keys": "ffn", "rows": 2 * count, "num_experts": 2})
     adapter = next(iter(attach(model, config, compute_dtype=torch.float32).adapters.values()))
-    assert torch.equal(adapter.keys.master, expected[:rows])
+    assert torch.equal(adapter.keys.master[:count], expected)
+    # There are no more of them: from here on they repeat, with a little noise.
+    torch.testing.assert_close(adapter.keys.master[count:], expected, rtol=0, atol=0.1 * float(expected.std()))
 
 
 @pytest.mark.behaviour("output as defined, padding")

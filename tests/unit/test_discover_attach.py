@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from meft_engine.adapter import attach as attach_module
 from meft_engine.adapter.attach import AttachedAdapters, attach
@@ -121,6 +122,14 @@ def test_a_model_without_ffns_gets_a_sentence():
     for pattern in ("head", "outer"):  # one gives another width than it takes
         with pytest.raises(MeftConfigError, match=f"= \\['{pattern}'\\] matches none of the model's modules$"):
             attached_to(Mixer(), {"target_modules": [pattern]})
+
+
+def test_experts_that_are_laid_out_otherwise_are_not_taken_for_what_they_are_not():
+    """GPT-OSS keeps [experts, d, 2 f], gate and up in turn: read as [experts, 2 f, d], keys would be too wide."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 97, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(MeftConfigError, match="no FFN found in GptOssForCausalLM"):
+        attached_to(GptOssForCausalLM(GptOssConfig(**shape, **heads)))
 
 
 def test_any_module_that_is_named_gets_an_adapter():
