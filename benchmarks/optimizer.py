@@ -121,14 +121,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, help="of the table (default: 16384)")
     parser.add_argument("--width", type=int, help="of a row (default: 4096)")
-    parser.add_argument("--repetitions", type=int, help="of every case (default: 21)")
+    parser.add_argument("--repetitions", type=int, help="of every case (default: 61)")
     parser.add_argument("--threads", type=int, default=len(rank_cores()), help="of all contestants (default: all)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, into runs/bench: does it run?")
     args = parser.parse_args(arguments)
     rows, width, repetitions, out = (2048, 256, 3, HERE.parent / "runs" / "bench")
     if not args.quick:
-        rows, width, repetitions, out = 16384, 4096, 21, HERE / "results"
+        rows, width, repetitions, out = 16384, 4096, 61, HERE / "results"
     args.rows, args.width = args.rows or rows, args.width or width
     args.repetitions, args.out = args.repetitions or repetitions, args.out or out
     if args.rows < 1000 or args.width < 2 or args.repetitions < 1 or args.threads < 1:
