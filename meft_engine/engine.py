@@ -225,8 +225,15 @@ def _compute_dtype(block: MeftConfig, config_class: Any) -> torch.dtype:
 def _require_support(config_class: Any, optimizer: Any) -> None:
     """Refuse, in one sentence each, what MEFT cannot run with."""
     stage = config_class.zero_optimization_stage if config_class.zero_enabled else 0
-    if stage not in (0, 2):
-        raise MeftConfigError(f"zero_optimization.stage = {stage} is not supported with MEFT yet; use 0 or 2")
+    zero = config_class.zero_config
+    # DeepSpeed before 0.19 has MiCS too.
+    for option in ("zero_hpz_partition_size", "mics_shard_size"):
+        value = getattr(zero, option, 0)
+        if value > 1:
+            raise MeftConfigError(
+                f"zero_optimization.{option} = {value} is not supported with MEFT, which knows only parameters "
+                "that are partitioned over all ranks; leave it out"
+            )
     if config_class.float16_config.enabled and stage == 0:
         raise MeftConfigError(
             "fp16.enabled = true with ZeRO stage 0 is refused: DeepSpeed does not scale the loss there; use bf16, or "
@@ -237,7 +244,7 @@ def _require_support(config_class: Any, optimizer: Any) -> None:
             'torch_autocast.dtype = "float16" is refused: DeepSpeed scales the loss there by a scaler that the rows '
             'would not know of; use "bfloat16"'
         )
-    if stage and not config_class.zero_config.compute_grad_norm:
+    if stage and not zero.compute_grad_norm:
         raise MeftConfigError(
             "zero_optimization.compute_grad_norm = false is not supported with MEFT, whose rows and parameters share "
             "one norm; leave it out"

@@ -109,6 +109,23 @@ class ZeroJointNorm(JointNorm):
         return float(self._optimizer._global_grad_norm)
 
 
+class Stage3JointNorm(JointNorm):
+    """ZeRO stage 3: ``DeepSpeedZeroOptimizer_Stage3``, which combines its groups' norms and skips what is infinite."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._optimizer = engine.optimizer
+        original = self._optimizer._get_norm_groups
+
+        def norm_groups() -> list[Tensor]:
+            own = original()
+            return [*own, torch.full_like(own[0], self.rows)]
+
+        self._optimizer._get_norm_groups = norm_groups
+
+    def result(self) -> float:
+        return float(self._optimizer._global_grad_norm)
+
+
 def install_joint_norm(engine: DeepSpeedEngine) -> JointNorm:
     """The bridge for the optimizer that DeepSpeed has built.
 
@@ -117,17 +134,25 @@ def install_joint_norm(engine: DeepSpeedEngine) -> JointNorm:
     """
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-        return ZeroJointNorm(engine)
-    if isinstance(engine.optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
-        return HalfPrecisionJointNorm(engine)
-    if engine.optimizer is engine.basic_optimizer:
-        return PlainJointNorm(engine)
-    raise MeftConfigError(
-        f"DeepSpeed chose {type(engine.optimizer).__name__}, which MEFT does not support; use ZeRO stage 0 or 2"
-    )
+    # By the exact class: those derived from them (ZenFlow's, SuperOffload's) step in ways of their own.
+    bridges: dict[type, type[JointNorm]] = {
+        DeepSpeedZeroOptimizer_Stage3: Stage3JointNorm,
+        DeepSpeedZeroOptimizer: ZeroJointNorm,
+        FP16_Optimizer: HalfPrecisionJointNorm,
+        FP16_UnfusedOptimizer: HalfPrecisionJointNorm,
+    }
+    bridge = bridges.get(type(engine.optimizer))
+    if bridge is None and engine.optimizer is engine.basic_optimizer:
+        bridge = PlainJointNorm
+    if bridge is None:
+        raise MeftConfigError(
+            f"DeepSpeed chose {type(engine.optimizer).__name__}, which MEFT does not support; use a ZeRO stage from 0 "
+            "to 3 without ZenFlow or SuperOffload"
+        )
+    return bridge(engine)
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:

@@ -47,13 +47,13 @@ def rebuild_groups(groups: list[dict[str, Any]], attached: AttachedAdapters) -> 
     for name, ffn in attached.ffns.items():
         members = (group_of[id(p)] for p in ffn.entry.parameters() if id(p) in group_of)
         home[name] = next(members, 0)
-    anchors = next(iter(attached.adapters.values())).anchors
+    first = next(iter(attached.adapters.values()))
     all_routers = {id(adapter.router) for adapter in attached.adapters.values()}
     for index, group in enumerate(kept):
         # `model.parameters()`, read after the adapters were attached, names the routers too.
         others = [p for p in group["params"] if id(p) not in all_routers]
         routers = [a.router for name, a in attached.adapters.items() if home[name] == index]
-        group["params"] = [p for p in [*others, *routers] if p.requires_grad] or [_new_anchor(anchors)]
+        group["params"] = [p for p in [*others, *routers] if p.requires_grad] or [first.add_anchor()]
     return home
 
 
@@ -122,8 +122,3 @@ def undo_construction_step(optimizer: object) -> None:
     for half, master in pairs:
         master.data.copy_(half.data)
         optimizer.optimizer.state.pop(master, None)
-
-
-def _new_anchor(anchors: nn.ParameterList) -> nn.Parameter:
-    anchors.append(nn.Parameter(torch.zeros(1)))
-    return anchors[-1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
 
 from meft_engine.adapter.attach import AttachedAdapters
 from meft_engine.optim.sparse_adam import SparseCPUAdam
+from meft_engine.zero_parameters import full_shape
 
 logger = logging.getLogger("meft_engine")
 
@@ -38,7 +40,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
     masses = [s.mass for s in stats if s.mass is not None]
     mass = torch.stack(masses).sum(0).tolist() if masses else [0.0, 0.0]
     rows_parameters = sum(table.handle.numel() for table in tables)
-    router_parameters = sum(adapter.router.numel() for adapter in attached.adapters.values())
+    router_parameters = sum(math.prod(full_shape(adapter.router)) for adapter in attached.adapters.values())
     reads = sum(table.reads for table in tables)
     return {
         "layers": len(stats),

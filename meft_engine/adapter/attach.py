@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.cores import rank_cores
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.planner import host_bytes_needed, require_host_memory
+from meft_engine.zero_parameters import full_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -77,7 +79,7 @@ def attach(
     )
     require_host_memory(needed, config, len(ffns))
 
-    base_parameters = sum(p.numel() for p in model.parameters())
+    base_parameters = sum(math.prod(full_shape(p)) for p in model.parameters())
     attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {})
     trackers = {name: CallTracker(model.get_submodule(name)) for name in {ffn.stack for ffn in ffns}}
     for index, ffn in enumerate(ffns):

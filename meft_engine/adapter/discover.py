@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from meft_engine.config import AdapterConfig, MeftConfigError
+from meft_engine.zero_parameters import full_shape, gathered, is_partitioned
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ class FFN:
     @property
     def gate_weight(self) -> Tensor:
         """Weight [f, d] of what the input meets first: of the gate, where there is one, and of all experts; under PEFT,
-        the frozen one below the adapter."""
-        return self.first_weight()
+        the frozen one below the adapter. A copy, where ZeRO has partitioned it or where it is quantised."""
+        parameters = list(self.entry.parameters())
+        with gathered(parameters), torch.no_grad():
+            weight = self.first_weight()
+            return weight.clone() if any(map(is_partitioned, parameters)) else weight
 
-    @property
+    @cached_property
     def width(self) -> int:
         """The model's width d."""
         return self.gate_weight.shape[1]
@@ -58,8 +63,20 @@ class _Shape:
 def _rows(projection: nn.Module) -> Tensor:
     """The weight [f, d] of a projection."""
     projection = getattr(projection, "base_layer", projection)
+    if not projection.weight.is_floating_point():
+        return _dequantised(projection)
     # transformers' Conv1D, GPT-2's projection, keeps [d, f].
     return projection.weight.T if type(projection).__name__ == "Conv1D" else projection.weight
+
+
+def _dequantised(projection: nn.Module) -> Tensor:
+    """The weight [f, d] that a quantised projection multiplies by, whatever its format: what it makes of a basis."""
+    buffers = (*projection.parameters(), *projection.buffers())
+    dtype = getattr(projection, "compute_dtype", None) or next(
+        (t.dtype for t in buffers if t.is_floating_point()), torch.get_default_dtype()
+    )
+    basis = torch.eye(projection.in_features, dtype=dtype, device=projection.weight.device)
+    return (projection(basis) - projection(torch.zeros_like(basis[:1]))).T
 
 
 def _first_half(projection: nn.Module) -> Tensor:
@@ -82,10 +99,11 @@ def _is_expert_block(module: nn.Module) -> bool:
     if isinstance(experts, nn.ModuleList):
         return bool(len(experts)) and any(hasattr(experts[0], part) for part in ("gate_proj", "w1"))
     gate_up, down = (getattr(experts, part, None) for part in ("gate_up_proj", "down_proj"))
-    if not all(isinstance(stacked, Tensor) and stacked.dim() == 3 for stacked in (gate_up, down)):
+    if not all(isinstance(stacked, Tensor) and len(full_shape(stacked)) == 3 for stacked in (gate_up, down)):
         return False
     # [experts, 2 f, d] and [experts, d, f]; some families, such as GPT-OSS, turn them and mix gate and up.
-    return gate_up.shape[1:] == (2 * down.shape[2], down.shape[1])
+    _, width, inner = full_shape(down)
+    return full_shape(gate_up)[1:] == (2 * inner, width)
 
 
 # Llama, Mistral, Qwen, Gemma, OLMo · Phi-3 · T5 and its gated form · GPT-NeoX, Falcon, Bloom · GPT-2 · OPT, Phi-2, BART

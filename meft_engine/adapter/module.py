@@ -14,6 +14,7 @@ from meft_engine.adapter.calls import CallTracker, recomputing
 from meft_engine.adapter.routing import RoutingStats, choose_experts, choose_rows, gate
 from meft_engine.config import MeftConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.zero_parameters import full_shape
 from meft_kernels.dispatch import score_picks
 
 
@@ -39,7 +40,6 @@ class SparseAdapter(nn.Module):
         super().__init__()
         self.name = name
         self.router = nn.Parameter(router, requires_grad=keys.trainable and config.adapter.gate != "none")
-        self.anchors = nn.ParameterList()
         self.keys, self.values = keys, values
         self.stats = RoutingStats()
         self._calls, self._config = calls, config
@@ -47,6 +47,16 @@ class SparseAdapter(nn.Module):
         # Makes autograd visit ApplyRows where no input requires grad (a first layer over a frozen base, gate "none").
         # A buffer or parameter would be cast and counted; this is neither.
         self.__dict__["_tripwire"] = torch.zeros((), requires_grad=keys.trainable)
+
+    def add_anchor(self) -> nn.Parameter:
+        """A parameter [1] that gets zeros for a gradient, for an optimizer group that would be empty without it."""
+        # The module's own, not of a list in it: ZeRO stage 3 brings a module's own parameters together for its forward.
+        self.register_parameter(f"anchor{len(self.anchors())}", nn.Parameter(torch.zeros(1)))
+        return self.anchors()[-1]
+
+    def anchors(self) -> list[nn.Parameter]:
+        """What :meth:`add_anchor` has added."""
+        return [parameter for name, parameter in self.named_parameters(recurse=False) if name.startswith("anchor")]
 
     @torch.compiler.disable
     def forward(self, h: Tensor) -> Tensor:
@@ -76,7 +86,7 @@ class SparseAdapter(nn.Module):
             self._calls.record(self, h, tokens, selection, (self.keys.version, self.values.version))
 
         y = ApplyRows.apply(
-            x, gates, scores, selection, self.keys, self.values, self._latest(), self._tripwire, *self.anchors
+            x, gates, scores, selection, self.keys, self.values, self._latest(), self._tripwire, *self.anchors()
         )
         y = y.to(h.dtype)
         if tokens is not None:
@@ -109,7 +119,7 @@ class SparseAdapter(nn.Module):
         """Shape of the adapter, for ``print(model)``."""
         adapter = self._config.adapter
         return (
-            f"rows={self.keys.rows}, width={self.keys.width}, experts={self.router.shape[0]}, "
+            f"rows={self.keys.rows}, width={self.keys.width}, experts={full_shape(self.router)[0]}, "
             f"experts_per_token={adapter.experts_per_token}, top_k={adapter.top_k}, gate={adapter.gate}"
         )
 

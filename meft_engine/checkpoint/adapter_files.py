@@ -6,7 +6,7 @@ Reading them needs neither DeepSpeed nor an optimizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
 from meft_engine.checkpoint.catch_up import catch_up
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.zero_parameters import full_shape, gathered
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -50,7 +51,8 @@ def save_adapter(
             tensors[f"{name}.{kind}"] = read(table) if read is not None else compute
             if masters and low is not None:
                 tensors[f"{name}.{kind}_low"] = low
-        tensors[f"{name}.router"] = adapter.router.detach().cpu().contiguous()
+        with gathered([adapter.router]):
+            tensors[f"{name}.router"] = adapter.router.detach().to("cpu", copy=True).contiguous()
         tensors[f"{name}.base_sample"] = attached.base_samples[name].contiguous()
     save_file(tensors, folder / WEIGHTS_FILE)
     dtype = next(name for name, value in DTYPES.items() if value == attached.compute_dtype)
@@ -141,18 +143,18 @@ def require_fit(attached: AttachedAdapters, folder: Path) -> None:
                 raise MeftConfigError(f"{folder} was trained on another base model: the weights of {name} differ")
 
 
-def require_shapes(file: Any, expected: dict[str, Tensor], path: Path) -> None:
-    """Check the tensors of an open safetensors file against those that they are to be copied into.
+def require_shapes(file: Any, expected: dict[str, Sequence[int]], path: Path) -> None:
+    """Check the tensors of an open safetensors file against the shapes of those that they are to be copied into.
 
     Raises:
         MeftConfigError: naming the first that is missing or of another shape.
     """
     names = set(file.keys())
-    for name, tensor in expected.items():
+    for name, needed in expected.items():
         shape = tuple(file.get_slice(name).get_shape()) if name in names else None
-        if shape != tuple(tensor.shape):
+        if shape != tuple(needed):
             found = "is missing" if shape is None else f"has shape {shape}"
-            raise MeftConfigError(f"{path}: {name} {found}, where {tuple(tensor.shape)} is needed")
+            raise MeftConfigError(f"{path}: {name} {found}, where {tuple(needed)} is needed")
 
 
 def fill(attached: AttachedAdapters, folder: Path) -> None:
@@ -161,7 +163,7 @@ def fill(attached: AttachedAdapters, folder: Path) -> None:
         for name, adapter in attached.adapters.items():
             for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
                 table.fill(*_planes(file, f"{name}.{kind}"))
-            with torch.no_grad():
+            with gathered([adapter.router], modify=True), torch.no_grad():
                 adapter.router.copy_(file.get_tensor(f"{name}.router"))
 
 
@@ -171,10 +173,10 @@ def _planes(file: Any, name: str) -> tuple[Tensor, Tensor | None]:
     return file.get_tensor(name), file.get_tensor(low) if low in file.keys() else None  # noqa: SIM118
 
 
-def _expected(attached: AttachedAdapters) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, by their names there."""
+def _expected(attached: AttachedAdapters) -> dict[str, Sequence[int]]:
+    """The shapes of the tensors of an adapter's file, by their names there."""
     return {
-        f"{name}.{kind}": tensor
+        f"{name}.{kind}": full_shape(tensor)
         for name, adapter in attached.adapters.items()
         for kind, tensor in (
             ("keys", adapter.keys.handle),

@@ -100,7 +100,8 @@ def require_match(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None
             )
     path = folder / adapter_files.OPTIMIZER_FILE
     with safe_open(path, "pt") as file:
-        adapter_files.require_shapes(file, engine.row_optimizer.saved_state(), path)
+        shapes = {name: value.shape for name, value in engine.row_optimizer.saved_state().items()}
+        adapter_files.require_shapes(file, shapes, path)
         for name in engine.row_optimizer.histories():
             if name not in file.keys():  # noqa: SIM118
                 raise MeftConfigError(f"{path}: {name} is missing")

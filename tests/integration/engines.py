@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ def ds_config(
     clip: float = 0.0,
     gas: int = 1,
     offload: bool = False,
+    offload_param: bool = False,
     adam: dict[str, Any] | None = None,
     **top_level: Any,
 ) -> dict[str, Any]:
@@ -28,7 +30,8 @@ def ds_config(
 
     Args:
         meft: the block; ``None`` for none. clip: ``gradient_clipping``. gas: accumulation steps.
-        offload: ``offload_optimizer`` to the CPU. adam: parameters of the JSON's AdamW; ``{}`` for no optimizer there.
+        offload, offload_param: ``offload_optimizer`` and ``offload_param`` to the CPU.
+        adam: parameters of the JSON's AdamW; ``{}`` for no optimizer there.
     """
     # torch_adam: DeepSpeed's own CPU Adam would have to be compiled first.
     default = {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
@@ -46,6 +49,9 @@ def ds_config(
         config["zero_optimization"] = {
             "stage": stage,
             **({"offload_optimizer": {"device": "cpu"}} if offload else {}),
+            **({"offload_param": {"device": "cpu"}} if offload_param else {}),
+            # Of tiny models, stage 3 would partition nothing.
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
         }
     if meft is not None:
         config["meft"] = meft
@@ -111,6 +117,14 @@ def routers(engine: Any) -> dict[str, nn.Parameter]:
     return {name: adapter.router for name, adapter in engine.meft_adapters.adapters.items()}
 
 
+def router_values(engine: Any) -> dict[str, Tensor]:
+    """A copy of the routers, whole even where they are partitioned."""
+    found = routers(engine)
+    partitioned = [router for router in found.values() if hasattr(router, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned):
+        return {name: router.detach().clone() for name, router in found.items()}
+
+
 def row_gradients(engine: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """A copy of what each table has accumulated: its rows and their gradients."""
     pending = {name: table.gradient() for name, table in tables(engine).items()}
@@ -127,7 +141,7 @@ def router_gradients(engine: Any) -> dict[str, Tensor]:
 
 def router_state(engine: Any) -> dict[str, Tensor]:
     """Everything DeepSpeed holds of the routers: weights, and its optimizer's fp32 masters, moments and steps."""
-    state = {name: router.detach().clone() for name, router in routers(engine).items()}
+    state = router_values(engine)
     optimizer = engine.basic_optimizer
     for group_id, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):

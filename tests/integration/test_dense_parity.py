@@ -68,7 +68,7 @@ def dense_run(batches) -> dict:
     return run
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_engine_equals_torch_adamw_on_a_dense_adapter(stage, batches, dense_run):
     engine = build_engine(
         tiny_llama(), tiny_block(DENSE), stage=stage, clip=CLIP, adam=ADAM, lr_scheduler=make_schedule

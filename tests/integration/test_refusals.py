@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 import meft_engine
@@ -71,9 +72,17 @@ def test_fp16_without_zero(allocated):
     refuse(allocated, "fp16.enabled = true", "stage 0", "use bf16", config=config)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_zero_stages_that_are_not_there_yet(stage, allocated):
-    refuse(allocated, f"stage = {stage}", "use 0 or 2", config=ds_config(tiny_block(), stage=stage))
+def test_parameters_that_are_partitioned_twice(allocated):
+    config = ds_config(tiny_block(), stage=3)
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    refuse(allocated, "zero_hpz_partition_size = 2", "leave it out", config=config)
+
+
+def test_parameters_that_are_partitioned_within_groups(allocated, monkeypatch):
+    """MiCS, which DeepSpeed 0.19 has dropped; before, it was a field of the ZeRO configuration."""
+    monkeypatch.setattr(DeepSpeedZeroConfig, "mics_shard_size", 4, raising=False)
+    config = ds_config(tiny_block(), stage=3)
+    refuse(allocated, "mics_shard_size = 4", "leave it out", config=config)
 
 
 def test_zero_without_a_norm(allocated):

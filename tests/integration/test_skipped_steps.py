@@ -75,7 +75,10 @@ def make_engine(**settings: Any) -> Any:
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
     ("stage", "bf16", "offload"),
-    [(0, False, False), (0, True, False), (2, False, False), (2, True, False), (2, True, True)],
+    [
+        *((0, False, False), (0, True, False), (1, False, False), (2, False, False), (2, True, False), (2, True, True)),
+        *((3, False, False), (3, True, True)),
+    ],
 )
 def test_a_norm_that_is_not_finite_changes_nothing(stage, bf16, offload, fault, clip):
     settings = {"stage": stage, "bf16": bf16, "offload": offload, "clip": clip}
@@ -105,7 +108,7 @@ def test_a_norm_that_is_not_finite_changes_nothing(stage, bf16, offload, fault, 
     assert engine.get_lr() == control.get_lr() != rate
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("fault", ["rows-nan", "router-nan"])
 def test_one_bad_micro_step_spoils_its_window_and_no_other(stage, fault):
     engine, control = make_engine(stage=stage, gas=2), make_engine(stage=stage, gas=2)
