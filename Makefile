@@ -2,7 +2,7 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
-EXTRAS      ?= launch,demo,test
+EXTRAS      ?= launch,demo,trl,test
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
+from torch import Tensor, nn
 
 from meft_engine.adapter.attach import DTYPES, attach
-from meft_engine.checkpoint import adapter_files, engine_state
+from meft_engine.checkpoint import adapter_files, engine_state, save_pretrained
 from meft_engine.config import MeftConfig, MeftConfigError, find_block
 from meft_engine.cores import rank_cores
 from meft_engine.joint_norm import PlainJointNorm, install_joint_norm
@@ -90,6 +90,7 @@ class MeftEngine(DeepSpeedEngine):
         )
         self.row_optimizer.follow(self.basic_optimizer.param_groups, block.optimizer.lr_scale)
         self._window_micro_steps = 0
+        save_pretrained.install(self)
         describe(attached, self.row_optimizer)
 
     # The step
@@ -128,6 +129,7 @@ class MeftEngine(DeepSpeedEngine):
 
     def destroy(self) -> None:
         """Finish the rows' updates, end their thread and give the host memory back, besides what DeepSpeed does."""
+        save_pretrained.uninstall(self.module)
         try:
             self._row_step.close()
         finally:
@@ -205,10 +207,23 @@ class MeftEngine(DeepSpeedEngine):
                     state.pop(name, None)
         return state
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapter alone (for :func:`meft_engine.load_adapter`) to ``folder``."""
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """Savers ask before they gather the weights of ZeRO stage 3; here they get the little that trains."""
+        return True
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        return super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+
+    def save_adapter(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the adapter alone (for :func:`meft_engine.load_adapter`) to ``folder``.
+
+        Args:
+            state_dict: of the model, if it is at hand; under ZeRO stage 3 it spares gathering the routers.
+        """
         self.synchronize_rows()
-        adapter_files.save_adapter(self.meft_adapters, Path(folder), read=self.row_optimizer.current)
+        adapter_files.save_adapter(
+            self.meft_adapters, Path(folder), read=self.row_optimizer.current, state_dict=state_dict
+        )
 
     def meft_report(self) -> dict[str, Any]:
         """What the adapter is, uses and has touched so far; bytes are counted where they are allocated."""

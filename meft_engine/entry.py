@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from meft_engine import quantized_base
 from meft_engine.config import MeftConfigError, find_block
 from meft_engine.engine import MeftEngine
 
@@ -40,12 +41,14 @@ def enable() -> None:
     enabled block makes a :class:`MeftEngine`. Everything else about DeepSpeed stays as it is.
     """
     DeepSpeedEngine.__init__ = _init_engine
+    quantized_base.allow()
 
 
 def disable() -> None:
     """Undo :func:`enable`."""
     if DeepSpeedEngine.__init__ is _init_engine:
         DeepSpeedEngine.__init__ = _plain_init
+        quantized_base.disallow()
 
 
 @functools.wraps(_plain_init)

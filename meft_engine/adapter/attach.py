@@ -27,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class AttachedAdapters:
-    """The adapters of a model, by the names of their FFNs."""
+    """The adapters of a model, by the names of their FFNs in it."""
 
     config: MeftConfig
     compute_dtype: torch.dtype
@@ -37,6 +37,8 @@ class AttachedAdapters:
     """Elements of the base model."""
     base_samples: dict[str, Tensor]
     """A sample of each FFN's gate weights, by which another base model is told apart."""
+    base_quantized: bool = False
+    """Whether weights of an adapted FFN are kept in fewer bits than they were trained in."""
     measured_bytes: int = 0
     """How much the process's resident memory grew while the rows and their optimizer state were allocated."""
 
@@ -46,6 +48,12 @@ class AttachedAdapters:
         before = _anonymous_memory()
         yield
         self.measured_bytes += _anonymous_memory() - before
+
+    def present_samples(self) -> dict[str, Tensor]:
+        """``base_samples`` of what FFNs are now, which differs where the base trains too."""
+        if self.config.adapter.freeze_base:
+            return self.base_samples
+        return {name: base_sample(ffn.gate_weight) for name, ffn in self.ffns.items()}
 
     def tables(self) -> list[PartiallyOffloadedTensor]:
         """Every adapter's keys, then its values, first layer first."""
@@ -88,7 +96,7 @@ def attach(
         with attached.measured():
             tables = [
                 PartiallyOffloadedTensor(
-                    f"{ffn.name}/{kind}",
+                    f"{ffn.portable_name}/{kind}",
                     config.adapter.rows,
                     ffn.width,
                     device=place,
@@ -107,12 +115,13 @@ def attach(
         tables[0].fill(initial_keys(gate_weight, config.adapter.rows, config.adapter.init_keys, seed))
         router = initial_router(tables[0].master, config.adapter.resolved_num_experts)
         router = router.to(gate_weight.device, gate_weight.dtype)
-        adapter = SparseAdapter(ffn.name, config, router, *tables, trackers[ffn.stack])
+        adapter = SparseAdapter(ffn.portable_name, config, router, *tables, trackers[ffn.stack])
         adapter.train(ffn.module.training)
         ffn.module.meft_adapter = adapter
         adapter.hooks += [*listen(adapter, ffn.entry, ffn.exit), *trackers[ffn.stack].hooks]
         attached.adapters[ffn.name], attached.ffns[ffn.name] = adapter, ffn
         attached.base_samples[ffn.name] = base_sample(gate_weight)
+        attached.base_quantized |= not all(p.is_floating_point() for p in ffn.entry.parameters())
     embedding_hooks = _let_embeddings_require_grad(model) if trainable else []
     for adapter in attached.adapters.values():
         adapter.hooks += embedding_hooks

@@ -33,6 +33,11 @@ class FFN:
     first_weight: Callable[[], Tensor]
 
     @property
+    def portable_name(self) -> str:
+        """Its name in a model that PEFT has not wrapped, by which rows are stored."""
+        return self.name.removeprefix("base_model.model.")
+
+    @property
     def gate_weight(self) -> Tensor:
         """Weight [f, d] of what the input meets first: of the gate, where there is one, and of all experts; under PEFT,
         the frozen one below the adapter. A copy, where ZeRO has partitioned it or where it is quantised."""
@@ -63,7 +68,8 @@ class _Shape:
 def _rows(projection: nn.Module) -> Tensor:
     """The weight [f, d] of a projection."""
     projection = getattr(projection, "base_layer", projection)
-    if not projection.weight.is_floating_point():
+    weight = getattr(projection, "weight", None)
+    if weight is None or not weight.is_floating_point():
         return _dequantised(projection)
     # transformers' Conv1D, GPT-2's projection, keeps [d, f].
     return projection.weight.T if type(projection).__name__ == "Conv1D" else projection.weight
@@ -75,7 +81,7 @@ def _dequantised(projection: nn.Module) -> Tensor:
     dtype = getattr(projection, "compute_dtype", None) or next(
         (t.dtype for t in buffers if t.is_floating_point()), torch.get_default_dtype()
     )
-    basis = torch.eye(projection.in_features, dtype=dtype, device=projection.weight.device)
+    basis = torch.eye(projection.in_features, dtype=dtype, device=buffers[0].device)
     return (projection(basis) - projection(torch.zeros_like(basis[:1]))).T
 
 

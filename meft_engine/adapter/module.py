@@ -24,7 +24,7 @@ class SparseAdapter(nn.Module):
     The router is an ordinary parameter (DeepSpeed's to own); keys and values are partially offloaded tensors.
 
     Args:
-        name: of the FFN in the model. config: the block. router: [N, d] initial weights.
+        name: of the FFN, by which rows are stored. config: the block. router: [N, d] initial weights.
         keys, values: the tables [r, d]. calls: the tracker of the layer's stack.
     """
 

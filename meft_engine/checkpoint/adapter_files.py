@@ -6,7 +6,7 @@ Reading them needs neither DeepSpeed nor an optimizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from meft_engine.zero_parameters import full_shape, gathered
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_FORMAT = 2
+SUBFOLDER = "meft"
+"""Where the files are, in a folder that holds more than the adapter."""
+PEFT_TYPE = "MEFT"
+_FORMAT = 3
 
 
 def save_adapter(
@@ -33,34 +36,42 @@ def save_adapter(
     *,
     masters: bool = False,
     read: Callable[[PartiallyOffloadedTensor], Tensor] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter to ``folder``.
 
     Tensors: ``<ffn>.keys`` and ``<ffn>.values`` [r, d], in the compute copy's precision; ``<ffn>.router`` [N, d];
-    ``<ffn>.base_sample`` [64], to tell another base model.
+    ``<ffn>.base_sample`` [64], to tell another base model. Names are those that FFNs have without PEFT's wrapper, so
+    that an adapter fits the model with and without it.
 
     Args:
-        masters: also write what bf16 copies lack of the masters, as ``<ffn>.keys_low`` and ``<ffn>.values_low``.
+        masters: also write what bf16 copies lack of the masters, as ``<ffn>.keys_low`` and ``<ffn>.values_low``, to
+            resume over the base that training began with; without, the samples are of the base as it is now.
         read: gives a table's compute copy, where what is stored may not be up to date.
+        state_dict: of the model, from which routers are taken if it has them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, adapter in attached.adapters.items():
+    tensors, samples = {}, attached.base_samples if masters else attached.present_samples()
+    for full_name, adapter in attached.adapters.items():
+        name = adapter.name
         for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
             compute, low = table.planes()
             tensors[f"{name}.{kind}"] = read(table) if read is not None else compute
             if masters and low is not None:
                 tensors[f"{name}.{kind}_low"] = low
-        with gathered([adapter.router]):
-            tensors[f"{name}.router"] = adapter.router.detach().to("cpu", copy=True).contiguous()
-        tensors[f"{name}.base_sample"] = attached.base_samples[name].contiguous()
+        router = (state_dict or {}).get(f"{full_name}.meft_adapter.router")
+        with gathered([adapter.router] if router is None else []):
+            router = (adapter.router if router is None else router).detach()
+            tensors[f"{name}.router"] = router.to("cpu", copy=True).contiguous()
+        tensors[f"{name}.base_sample"] = samples[full_name].contiguous()
     save_file(tensors, folder / WEIGHTS_FILE)
     dtype = next(name for name, value in DTYPES.items() if value == attached.compute_dtype)
     description = {
         "format": _FORMAT,
-        "peft_type": "MEFT",
+        "peft_type": PEFT_TYPE,
         "compute_dtype": dtype,
-        "ffns": list(attached.adapters),
+        "ffns": [adapter.name for adapter in attached.adapters.values()],
+        "base_quantized": attached.base_quantized,
         "meft": attached.config.resolved(),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
@@ -129,17 +140,18 @@ def require_fit(attached: AttachedAdapters, folder: Path) -> None:
     for key in ("rows", "num_experts", "experts_per_token", "top_k", "gate"):
         if saved[key] != own[key]:
             raise MeftConfigError(f"{folder} was saved with adapter.{key} = {saved[key]}, not {own[key]}")
-    if description["ffns"] != list(attached.adapters):
+    names = [adapter.name for adapter in attached.adapters.values()]
+    if description["ffns"] != names:
         raise MeftConfigError(
             f"{folder} adapts {len(description['ffns'])} FFNs ({description['ffns'][0]}, …), this model "
-            f"{len(attached.adapters)} ({next(iter(attached.adapters))}, …): it is of another model or other layers"
+            f"{len(names)} ({names[0]}, …): it is of another model or other layers"
         )
+    quantized = description["base_quantized"] or attached.base_quantized
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         require_shapes(file, _expected(attached), folder / WEIGHTS_FILE)
         for name, sample in attached.base_samples.items():
-            other = file.get_tensor(f"{name}.base_sample")
-            # To bf16's precision, since the same model may have been loaded in another one.
-            if other.shape != sample.shape or not torch.allclose(other, sample, rtol=2**-7, atol=1e-6):
+            other = file.get_tensor(f"{attached.adapters[name].name}.base_sample")
+            if other.shape != sample.shape or not _same_weights(other, sample, quantized):
                 raise MeftConfigError(f"{folder} was trained on another base model: the weights of {name} differ")
 
 
@@ -160,11 +172,11 @@ def require_shapes(file: Any, expected: dict[str, Sequence[int]], path: Path) ->
 def fill(attached: AttachedAdapters, folder: Path) -> None:
     """Put saved tensors, which :func:`require_fit` has accepted, into a model's adapters."""
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-        for name, adapter in attached.adapters.items():
+        for adapter in attached.adapters.values():
             for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
-                table.fill(*_planes(file, f"{name}.{kind}"))
+                table.fill(*_planes(file, f"{adapter.name}.{kind}"))
             with gathered([adapter.router], modify=True), torch.no_grad():
-                adapter.router.copy_(file.get_tensor(f"{name}.router"))
+                adapter.router.copy_(file.get_tensor(f"{adapter.name}.router"))
 
 
 def _planes(file: Any, name: str) -> tuple[Tensor, Tensor | None]:
@@ -176,7 +188,7 @@ def _planes(file: Any, name: str) -> tuple[Tensor, Tensor | None]:
 def _expected(attached: AttachedAdapters) -> dict[str, Sequence[int]]:
     """The shapes of the tensors of an adapter's file, by their names there."""
     return {
-        f"{name}.{kind}": full_shape(tensor)
+        f"{adapter.name}.{kind}": full_shape(tensor)
         for name, adapter in attached.adapters.items()
         for kind, tensor in (
             ("keys", adapter.keys.handle),
@@ -188,10 +200,22 @@ def _expected(attached: AttachedAdapters) -> dict[str, Sequence[int]]:
 
 
 def _resolve(folder: Path) -> Path:
-    """The folder with the adapter's files: itself, or the ``meft`` folder of a checkpoint."""
-    if (folder / CONFIG_FILE).is_file():
+    """The folder with the adapter's files: itself, the one in it, or that of the latest checkpoint."""
+    config = folder / CONFIG_FILE
+    # A LoRA's file has the same name.
+    if config.is_file() and json.loads(config.read_text()).get("peft_type") == PEFT_TYPE:
         return folder
+    if (folder / SUBFOLDER).is_dir():
+        return folder / SUBFOLDER
     latest = folder / "latest"
-    if latest.is_file():
-        return folder / latest.read_text().strip() / "meft"
-    return folder / "meft" if (folder / "meft").is_dir() else folder
+    return folder / latest.read_text().strip() / SUBFOLDER if latest.is_file() else folder
+
+
+def _same_weights(one: Tensor, other: Tensor, quantized: bool) -> bool:
+    """Whether two samples are of the same model, which may have been loaded in other precisions.
+
+    Four bits move a weight by a tenth of its own size, where another model's have nothing to do with it.
+    """
+    if quantized:
+        return bool(torch.cosine_similarity(one, other, dim=0) > 0.9)
+    return torch.allclose(one, other, rtol=2**-7, atol=1e-6)

@@ -23,7 +23,7 @@ def catch_up(attached: AttachedAdapters, optimizer_file: Path, weights_file: Pat
     with safe_open(optimizer_file, "pt") as state, safe_open(weights_file, "pt") as weights:
         groups = json.loads(state.metadata()["groups"])
         names = set(weights.keys())
-        for name, adapter in attached.adapters.items():
+        for adapter in attached.adapters.values():
             for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
                 group = groups[table.name]
                 history = StepHistory()
@@ -34,9 +34,9 @@ def catch_up(attached: AttachedAdapters, optimizer_file: Path, weights_file: Pat
                 coast = history.coast(step, group["eps"])
                 if coast is None:
                     continue
-                high, low = weights.get_tensor(f"{name}.{kind}"), None
-                if f"{name}.{kind}_low" in names:
-                    low = weights.get_tensor(f"{name}.{kind}_low")
+                high, low = weights.get_tensor(f"{adapter.name}.{kind}"), None
+                if f"{adapter.name}.{kind}_low" in names:
+                    low = weights.get_tensor(f"{adapter.name}.{kind}_low")
                 rows = torch.arange(table.rows)
                 if exp_avg.dtype == torch.bfloat16:
                     exp_avg, exp_avg_sq = paired_moments(torch.stack((exp_avg_sq, exp_avg), dim=2))

@@ -22,7 +22,7 @@ from meft_engine.config import MeftConfigError
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
 
-FOLDER = "meft"
+FOLDER = adapter_files.SUBFOLDER
 _RANDOM_FILE = "random_state.safetensors"
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,9 @@ from torch.utils.data import TensorDataset
 
 import meft_engine
 from tests.families import tiny_block, tiny_llama
-from tests.integration.conftest import free_port
 from tests.integration.engines import ds_config, largest_difference
+from tests.integration.processes import SCRIPTS, start_jobs, wait_for
 
-SCRIPTS = Path(__file__).parent / "scripts"
 ON_TOP = "import meft_engine\n\nmeft_engine.enable()\n"
 BLOCK = tiny_block({"rows": 48, "num_experts": 6})
 
@@ -96,20 +91,7 @@ def start(folder: Path, process: str, names: list[str]) -> subprocess.Popen:
         values = [str(folder / value) for value in arguments.values()]
         extra = [part for pair in zip(arguments, values, strict=True) for part in pair]
         jobs.append([str(copy), flag, str(config_file), "--save", str(folder / name), *extra])
-    job_file = folder / f"{process}.json"
-    job_file.write_text(json.dumps(jobs))
-    command, port = [sys.executable], str(free_port())
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
-    if process == "launched":
-        command += ["-m", "deepspeed.launcher.runner", "--num_accelerators", "1", "--master_port", port]
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
-    log = (folder / f"{process}.log").open("w")
-    command += [str(SCRIPTS / "run_several.py"), str(job_file)]
-    # In a process group of its own, so that the launcher's children can be ended with it.
-    return subprocess.Popen(
-        command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
-    )
+    return start_jobs(folder, process, jobs, launched=process == "launched")
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +99,7 @@ def folder(tmp_path_factory) -> Path:
     """Where every job has run."""
     place = tmp_path_factory.mktemp("scripts")
     for wave in WAVES:
-        running = {process: start(place, process, names) for process, names in wave.items()}
-        try:
-            for process, child in running.items():
-                code = child.wait(timeout=240)
-                assert code == 0, f"{process}: {(place / f'{process}.log').read_text()[-4000:]}"
-        finally:
-            for child in running.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+        wait_for(place, {process: start(place, process, names) for process, names in wave.items()})
     return place
 
 
