@@ -57,6 +57,7 @@ def adapter(
     gate: str,
     cap: int | None = None,
     real: Tensor | None = None,
+    expert_bias: Tensor | None = None,
 ) -> tuple[Tensor, ReferenceSelection]:
     """What the adapter adds to ``FFN(h)``.
 
@@ -67,6 +68,7 @@ def adapter(
         gate: ``softmax``, ``sigmoid`` or ``none``.
         cap: most active rows, or ``None`` for no cap.
         real: [T] bool, false where a token is padding (which activates nothing); ``None``: all real.
+        expert_bias: [N], added to the router's logits for the choice of experts, but not for their gates.
 
     Returns:
         y [T, d] in float32 (float64 for float64 inputs), differentiable in h, keys, values and router; the selection.
@@ -78,7 +80,8 @@ def adapter(
 
     # 1. The router chooses n experts for each token and gates them.
     logits = h @ router.T
-    experts = largest(logits.detach(), experts_per_token).sort(dim=-1).values
+    biased = logits.detach() if expert_bias is None else logits.detach() + expert_bias
+    experts = largest(biased, experts_per_token).sort(dim=-1).values
     chosen_logits = logits.gather(1, experts)
     c = torch.zeros_like(logits).scatter(1, experts, gates(chosen_logits, gate))
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True) & ~logits.isnan()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from completions import load_examples
+from data import DataError, Source, read
+from formats import pairs
 from inference import DTYPES, greedy_answers, load_model
 from rich.console import Console
 from rich.table import Table
@@ -38,11 +40,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Command line, see the top of this file."""
     args = parse_arguments()
-    questions = {Path(path).stem: load_examples(path) for path in args.data}
+    try:
+        questions = {Path(path).stem: pairs(read(Source(path)), Source(path).name) for path in args.data}
+    except DataError as error:
+        sys.exit(f"evaluate.py: {error}")
     model, tokenizer = load_model(args.model, args.adapter, args.dtype)
     results, records = {}, []
     for stem, examples in questions.items():
-        prompts, truths = list(examples["prompt"]), [text.strip() for text in examples["completion"]]
+        prompts, truths = [prompt for prompt, _ in examples], [truth.strip() for _, truth in examples]
         answers = greedy_answers(model, tokenizer, prompts, args.batch_size, args.max_new_tokens, stem)
         results[stem] = score(answers, truths)
         for prompt, answer, truth in zip(prompts, answers, truths, strict=True):

@@ -1,11 +1,11 @@
-"""Fine-tunes a causal language model on prompts and completions, through DeepSpeed and the HF Trainer.
+"""Fine-tunes a causal language model through DeepSpeed and the HF Trainer.
 
     deepspeed launch/finetune.py --model_name_or_path MODEL --train_file train.jsonl \\
         --output_dir runs/first --deepspeed ds_configs/meft_24gb.json --num_train_epochs 3
 
 With a ``"meft"`` block in the DeepSpeed JSON the base model is frozen, an adapter is trained, and the output folder
-holds the adapter. Without one, or with one that is disabled, this is plain full fine-tuning. Every option of
-``transformers.TrainingArguments`` works, ``--resume_from_checkpoint`` included.
+holds the adapter. Without one, or with one that is disabled, this is plain full fine-tuning. ``formats.py`` says what
+data may look like. Every option of ``transformers.TrainingArguments`` works, ``--resume_from_checkpoint`` included.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from completions import CompletionCollator, load_examples, tokenize
+from collator import Collator
+from data import DataError, Source, columns_of, hold_out, read
+from finetune_arguments import DataArguments, ModelArguments, Parser
+from formats import Encoder, detect
+from lengths import measure, table
+from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -34,43 +39,6 @@ from transformers.trainer_utils import get_last_checkpoint
 import meft_engine
 
 REPORT = "train_report.json"
-
-
-@dataclass
-class ModelArguments:
-    """What is fine-tuned."""
-
-    model_name_or_path: str = field(metadata={"help": "folder or hub name of the base model"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernel, as transformers names them"})
-
-
-@dataclass
-class DataArguments:
-    """What it learns."""
-
-    train_file: str = field(metadata={"help": "JSON lines with a prompt and a completion each"})
-    eval_file: str | None = field(default=None, metadata={"help": "the same for --eval_strategy and the final loss"})
-    prompt_column: str = field(default="prompt", metadata={"help": "name of the column with the prompt"})
-    completion_column: str = field(default="completion", metadata={"help": "name of the column with the completion"})
-    max_length: int = field(default=512, metadata={"help": "longer examples are dropped, and counted in a warning"})
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ValueError(f"max_length = {self.max_length} holds no prompt and completion; use 2 or more tokens")
-
-
-class AdapterTrainer(Trainer):
-    """A Trainer that saves the adapter; the Trainer of transformers would save the frozen base and none of its rows."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save adapter and tokenizer; every rank has to call this. Falls back to the whole model without an adapter."""
-        if not hasattr(self.model_wrapped, "save_adapter"):
-            return super().save_model(output_dir, _internal_call)
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model_wrapped.save_adapter(str(folder))
-        if self.args.should_save and self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
 
 
 class StepTimer(TrainerCallback):
@@ -98,20 +66,20 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
     """The folder to resume from: the one that was asked for, or the newest of ``output_dir`` for ``True``.
 
     Raises:
-        ValueError: when there is no such checkpoint. Training from the start in its place would go unnoticed.
+        DataError: when there is no such checkpoint. Training from the start in its place would go unnoticed.
     """
     if asked is None or asked.lower() == "false":
         return None
     folder = (get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None) if asked == "True" else asked
     if folder is None or not Path(folder, "trainer_state.json").is_file():
-        raise ValueError(
+        raise DataError(
             f"resume_from_checkpoint = {asked!r} names no checkpoint (output_dir is {output_dir!r}); give a folder "
             "such as output_dir/checkpoint-100, or leave the option out to start anew"
         )
     return folder
 
 
-def train_report(trainer: AdapterTrainer, timer: StepTimer, train_loss: float) -> dict[str, Any]:
+def train_report(trainer: Trainer, timer: StepTimer, train_loss: float) -> dict[str, Any]:
     """What the engine says about its adapter (nothing for plain DeepSpeed), the number of steps and their speed."""
     engine_report = getattr(trainer.model_wrapped, "meft_report", dict)()
     return {
@@ -133,41 +101,88 @@ def summary(report: dict[str, Any]) -> str:
     return "Finished: " + ", ".join(parts)
 
 
-def main() -> None:
-    """Command line, see the top of this file."""
-    meft_engine.enable()  # before the Trainer asks DeepSpeed for its engine
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
-    logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR)
-    set_seed(args.seed)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """With a padding token, and the chat template that was asked for.
 
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    Raises:
+        DataError: if the template's file is missing.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    data = {}
-    for name, path in (("train_file", data_args.train_file), ("eval_file", data_args.eval_file)):
-        if path is not None:
-            with args.main_process_first(desc=f"reading {name}"):
-                examples = load_examples(path, data_args.prompt_column, data_args.completion_column)
-                data[name] = tokenize(examples, tokenizer, data_args.max_length, name)
+    if args.chat_template is not None:
+        file = Path(args.chat_template)
+        if not file.is_file():
+            raise DataError(f"chat_template = {args.chat_template!r} does not exist; give a file with a Jinja template")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_examples(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Any]:
+    """Encoded examples: ``train``, and ``eval`` where there is something to validate with.
+
+    Raises:
+        DataError: if they cannot be used.
+    """
+    train = Source(args.train_file or args.dataset_name, args.dataset_config, args.dataset_split)
+    sources = {"train": (train, read(train, streaming=args.streaming))}
+    if args.eval_file is not None or args.eval_split is not None:
+        held_out = Source(args.eval_file or args.dataset_name, args.dataset_config, args.eval_split or "train")
+        sources["eval"] = (held_out, read(held_out))
+    elif args.eval_share:
+        parts = hold_out(sources["train"][1], args.eval_share, seed)
+        sources = {name: (train, part) for name, part in zip(("train", "eval"), parts, strict=True)}
+    encoded = {}
+    for kind, (source, examples) in sources.items():
+        form = args.data_format
+        if form == "auto":
+            form = detect(columns_of(examples), args.columns(), source.name)
+        encoder = Encoder(tokenizer, form, source.name, args.max_length, args.columns(), args.packing)
+        encoded[kind] = encoder.encode(examples)
+    return encoded
+
+
+def require_steps(args: TrainingArguments, streaming: bool) -> None:
+    """A stream has no end that epochs could be counted by.
+
+    Raises:
+        DataError: if the number of steps is not given.
+    """
+    if streaming and args.max_steps <= 0:
+        raise DataError("--streaming does not know how many examples there are; say how long to train in --max_steps")
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Read the data, train, save.
+
+    Raises:
+        DataError, MeftConfigError: one sentence each, for what cannot work.
+    """
+    set_seed(args.seed)
+    require_steps(args, data_args.streaming)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    tokenizer = load_tokenizer(model_args)
+    with args.main_process_first(desc="reading the data"):
+        data = load_examples(data_args, tokenizer, args.seed)
+    if args.should_log:
+        Console().print(table([measure(name, examples) for name, examples in data.items()], data_args.max_length))
 
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path, dtype=dtype, attn_implementation=model_args.attn_implementation
     )
     timer = StepTimer()
-    trainer = AdapterTrainer(
+    trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=data["train_file"],
-        eval_dataset=data.get("eval_file"),
-        data_collator=CompletionCollator(tokenizer.pad_token_id),
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=[timer],
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    if "eval_file" in data:
+    if "eval" in data:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()
     trainer.save_state()
@@ -177,6 +192,17 @@ def main() -> None:
         print(summary(report))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # otherwise a rank may abort on its way out
+
+
+def main() -> None:
+    """Command line, see the top of this file."""
+    meft_engine.enable()  # before the Trainer asks DeepSpeed for its engine
+    model_args, data_args, args = Parser().parse()
+    logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR)
+    try:
+        run(model_args, data_args, args)
+    except (DataError, meft_engine.MeftConfigError) as error:
+        sys.exit(f"finetune.py: {error}")
 
 
 if __name__ == "__main__":

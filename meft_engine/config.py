@@ -153,6 +153,24 @@ class AdapterConfig(_Section):
         return indices
 
 
+class RouterConfig(_Section):
+    """How routers learn, and how their experts are kept in use."""
+
+    lr_scale: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    """The routers' learning rate as a multiple of that of their optimizer group."""
+
+    balance: Literal["none", "loss", "bias"] = "none"
+    """``loss``: an auxiliary loss of ``balance_coef`` times N Σ f P (Switch Transformers), which is 1 at even load.
+    ``bias``: no loss; after each step an expert's logit gains or loses ``balance_coef`` in the choice of experts alone.
+    """
+
+    balance_coef: float = Field(0.01, gt=0.0, allow_inf_nan=False)
+    """Weight of the auxiliary loss, in each layer; or the step of the bias, in units of the router's logits."""
+
+    z_loss_coef: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """Weight of the mean squared logsumexp of the router's logits, in each layer, which keeps them small."""
+
+
 class ActiveRowsConfig(_Section):
     """How many rows one micro-batch may bring to the device in one layer."""
 
@@ -216,6 +234,19 @@ class CheckpointConfig(_Section):
     """Also write the frozen base model into every checkpoint. Off: a resume starts from the same base model."""
 
 
+class MonitorConfig(_Section):
+    """What is watched during a run."""
+
+    interval: int = Field(10, ge=1)
+    """Optimizer steps between two readings, which go to DeepSpeed's monitors."""
+
+    min_kept_mass: float = Field(0.9, ge=0.0, le=1.0)
+    """Warn, once, when the cap keeps less than this share of the activation."""
+
+    max_dead_experts: float = Field(0.5, ge=0.0, le=1.0)
+    """Warn, once, when more than this share of the experts is chosen by no token of an interval."""
+
+
 class MeftConfig(_Section):
     """The whole ``"meft"`` block."""
 
@@ -223,10 +254,12 @@ class MeftConfig(_Section):
     """``false``: plain DeepSpeed, bit for bit."""
 
     adapter: AdapterConfig = AdapterConfig()
+    router: RouterConfig = RouterConfig()
     active_rows: ActiveRowsConfig = ActiveRowsConfig()
     offload: OffloadConfig = OffloadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @model_validator(mode="after")
     def _check(self) -> MeftConfig:
@@ -251,6 +284,11 @@ class MeftConfig(_Section):
             return cls.model_validate(dict(block))
         except ValidationError as error:
             raise MeftConfigError(_one_sentence(error)) from None
+
+    @property
+    def trains_routers(self) -> bool:
+        """Whether routers get a gradient at all."""
+        return self.adapter.gate != "none" or self.router.balance == "loss" or self.router.z_loss_coef > 0
 
     def resolved(self) -> dict[str, Any]:
         """The block as a plain dictionary with derived values filled in, as it is logged and saved."""

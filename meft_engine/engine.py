@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from meft_engine import trainer_logs, watching
 from meft_engine.adapter.attach import DTYPES, attach
 from meft_engine.checkpoint import adapter_files, engine_state, save_pretrained
 from meft_engine.config import MeftConfig, MeftConfigError, find_block
@@ -26,7 +27,9 @@ from meft_engine.param_groups import (
     require_adam_name,
     undo_construction_step,
 )
+from meft_engine.phases import PhaseClock, phase, use_clock
 from meft_engine.report import describe, make_report
+from meft_engine.router_lr import scale_router_steps
 from meft_engine.row_step import RowStep
 
 
@@ -64,13 +67,15 @@ class MeftEngine(DeepSpeedEngine):
         if block.adapter.freeze_base:
             freeze_base(model)
             for adapter in attached.adapters.values():
-                adapter.router.requires_grad_(block.adapter.gate != "none")
+                adapter.router.requires_grad_(block.trains_routers)
 
         home = rebuild_groups(groups, attached)
         if not client_built:
             # A flat list stays one, for callables that build the optimizer from it.
             flat = len(groups) == 1 and groups[0].keys() == {"params"}
             model_parameters = groups[0]["params"] if flat else groups
+        self.phases = PhaseClock()
+        self.loss_so_far: Tensor | None = None
         super().__init__(args, model, optimizer, model_parameters, config=config, config_class=config_class, **kwargs)
 
         require_adam(self.basic_optimizer)
@@ -90,26 +95,65 @@ class MeftEngine(DeepSpeedEngine):
         )
         self.row_optimizer.follow(self.basic_optimizer.param_groups, block.optimizer.lr_scale)
         self._window_micro_steps = 0
+        for adapter in attached.adapters.values():
+            vars(adapter)["loss_factor"] = self._loss_factor
+        if block.router.lr_scale != 1.0:
+            scale_router_steps(self, attached, block.router.lr_scale)
         save_pretrained.install(self)
+        self._watch = watching.Watch(self)
+        watching.attach_to_model(self)
+        trainer_logs.extend()
         describe(attached, self.row_optimizer)
 
     # The step
 
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        use_clock(self.phases)
+        self.phases.end("backward")  # of one that failed
+        with phase("forward"):
+            return super().forward(*inputs, **kwargs)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        self._begin_backward()
+        scaled = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        own = scaled.detach().float()
+        self.loss_so_far = own if self.loss_so_far is None else self.loss_so_far + own
+        return scaled
+
+    def _backward_prologue(self) -> None:
+        self._begin_backward()  # where the script calls loss.backward() itself
+        super()._backward_prologue()
+
+    def _begin_backward(self) -> None:
+        use_clock(self.phases)
+        if not self.phases.is_open("backward"):
+            self.phases.begin("backward")
+
     def _backward_epilogue(self) -> None:
         super()._backward_epilogue()
         self._window_micro_steps += 1
+        self.phases.end("backward")
+
+    def _loss_factor(self) -> float:
+        """What the loss of a micro-step is multiplied by before its backward."""
+        return (getattr(self.optimizer, "loss_scale", None) or 1.0) / self.gradient_accumulation_steps()
 
     def clip_fp32_gradients(self) -> None:
         if isinstance(self._joint_norm, PlainJointNorm):
             self._joint_norm.clip()
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+        use_clock(self.phases)
         # A bare optimizer has no such attribute, and DeepSpeed's fused one for bf16 has None.
         loss_scale = getattr(self.optimizer, "loss_scale", None) or 1.0
         self._row_step.begin(self.basic_optimizer.param_groups, loss_scale)
-        super()._take_model_step(lr_kwargs)
+        with phase("optimizer"):
+            super()._take_model_step(lr_kwargs)
         self._global_grad_norm = self._row_step.finish(applied=self._step_applied)
+        for adapter in self.meft_adapters.adapters.values():
+            adapter.after_step(applied=self._step_applied)
         self._window_micro_steps = 0
+        self._watch.after_step()
 
     def synchronize_rows(self) -> None:
         """Wait until every row is up to date: before you look at tables or at ``row_optimizer.state`` yourself.
@@ -130,6 +174,7 @@ class MeftEngine(DeepSpeedEngine):
     def destroy(self) -> None:
         """Finish the rows' updates, end their thread and give the host memory back, besides what DeepSpeed does."""
         save_pretrained.uninstall(self.module)
+        watching.detach_from_model(self.module)
         try:
             self._row_step.close()
         finally:

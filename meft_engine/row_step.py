@@ -9,6 +9,7 @@ from typing import Any
 from meft_engine.joint_norm import JointNorm, clip_coefficient
 from meft_engine.optim.sparse_adam import RowUpdate, SparseCPUAdam, run_now
 from meft_engine.optim.worker import UpdateError, UpdateWorker
+from meft_engine.phases import phase
 
 logger = logging.getLogger("meft_engine")
 
@@ -44,15 +45,17 @@ class RowStep:
         self.drain()
         self.optimizer.follow(param_groups, self._lr_scale)
         self._loss_scale = loss_scale
-        self.joint_norm.rows = self.optimizer.gradient_norm()
-        self.joint_norm.before_step()
+        with phase("norm"):
+            self.joint_norm.rows = self.optimizer.gradient_norm()
+            self.joint_norm.before_step()
 
     def finish(self, applied: bool) -> float:
         """Update the touched rows if DeepSpeed applied its step, forget their gradients, and return the joint norm."""
         norm = self.joint_norm.result()
         if applied:
-            updates = self.optimizer.updates(clip_coefficient(norm, self._max_norm) / self._loss_scale)
-            self._run(sorted(updates, key=lambda update: self._place[update.table.name]))
+            with phase("update"):
+                updates = self.optimizer.updates(clip_coefficient(norm, self._max_norm) / self._loss_scale)
+                self._run(sorted(updates, key=lambda update: self._place[update.table.name]))
         self.optimizer.zero_grad()
         return norm
 
@@ -63,7 +66,8 @@ class RowStep:
             UpdateError: if the updating thread cannot get there.
         """
         if self.worker is not None:
-            self.worker.drain()
+            with phase("wait"):
+                self.worker.drain()
 
     def close(self) -> None:
         """Finish the updates and end their thread."""

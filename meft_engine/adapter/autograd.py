@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.phases import phase
 from meft_kernels.dispatch import TokensOfRow, combine_rows, score_picks
 from meft_kernels.sparse import Selection
 
@@ -49,6 +50,11 @@ class ApplyRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        with phase("row_gradients"):
+            return ApplyRows._gradients(ctx, grad_y)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gates, scores, *rest = ctx.saved_tensors
         selection, anchors = Selection(*rest[:_SELECTION_TENSORS]), rest[_SELECTION_TENSORS:]
         keys, values = ctx.keys, ctx.values

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from meft_engine.adapter.autograd import ApplyRows
+from meft_engine.adapter.balance import AddLoss, auxiliary_loss, expert_load, rebalance
 from meft_engine.adapter.calls import CallTracker, recomputing
 from meft_engine.adapter.routing import RoutingStats, choose_experts, choose_rows, gate
 from meft_engine.config import MeftConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.phases import phase
 from meft_engine.zero_parameters import full_shape
 from meft_kernels.dispatch import score_picks
 
@@ -39,11 +41,16 @@ class SparseAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self.router = nn.Parameter(router, requires_grad=keys.trainable and config.adapter.gate != "none")
+        self.router = nn.Parameter(router, requires_grad=keys.trainable and config.trains_routers)
         self.keys, self.values = keys, values
         self.stats = RoutingStats()
         self._calls, self._config = calls, config
         self.hooks: list[RemovableHandle] = []
+        # [N] float32, added to logits in the choice of experts; not a buffer, which would be cast and counted.
+        bias = torch.zeros(router.shape[0], device=router.device) if config.router.balance == "bias" else None
+        self.__dict__["expert_bias"] = bias
+        # What the training loss is multiplied by before its backward, for losses that are added here.
+        self.__dict__["loss_factor"] = lambda: 1.0
         # Makes autograd visit ApplyRows where no input requires grad (a first layer over a frozen base, gate "none").
         # A buffer or parameter would be cast and counted; this is neither.
         self.__dict__["_tripwire"] = torch.zeros((), requires_grad=keys.trainable)
@@ -72,28 +79,45 @@ class SparseAdapter(nn.Module):
         flat = h.reshape(-1, h.shape[-1])
         x = (flat if tokens is None else flat[tokens]).float()
 
-        logits = F.linear(x, self.router.float())
-        experts = replayed.selection.experts if replayed else choose_experts(logits, adapter.experts_per_token)
-        gates = gate(logits.gather(1, experts), adapter.gate)
-        if replayed:
-            selection = replayed.selection
-            for table, version in zip((self.keys, self.values), replayed.versions, strict=True):
-                table.require_version(version)
-            with torch.no_grad():
-                scores = score_picks(x, self.keys.gather(selection.active, latest=self._latest()), selection)
-        else:
-            selection, scores = self._select(x, logits, experts, gates)
-            self._calls.record(self, h, tokens, selection, (self.keys.version, self.values.version))
+        with phase("route"):
+            logits = F.linear(x, self.router.float())
+            if replayed:
+                experts = replayed.selection.experts
+            else:
+                experts = choose_experts(logits, adapter.experts_per_token, self.expert_bias)
+            gates = gate(logits.gather(1, experts), adapter.gate)
+            load = expert_load(experts, logits.shape[1]) if self.training else None
+            if replayed:
+                selection = replayed.selection
+                for table, version in zip((self.keys, self.values), replayed.versions, strict=True):
+                    table.require_version(version)
+                with torch.no_grad():
+                    scores = score_picks(x, self.keys.gather(selection.active, latest=self._latest()), selection)
+            else:
+                selection, scores = self._select(x, logits, experts, gates, load)
+                self._calls.record(self, h, tokens, selection, (self.keys.version, self.values.version))
 
-        y = ApplyRows.apply(
-            x, gates, scores, selection, self.keys, self.values, self._latest(), self._tripwire, *self.anchors()
-        )
+        with phase("combine"):
+            y = ApplyRows.apply(
+                x, gates, scores, selection, self.keys, self.values, self._latest(), self._tripwire, *self.anchors()
+            )
+        extra = auxiliary_loss(self._config.router, logits, load) if load is not None and y.requires_grad else None
+        if extra is not None:
+            y = AddLoss.apply(y, extra, self.loss_factor)
         y = y.to(h.dtype)
         if tokens is not None:
             y = torch.zeros_like(flat).index_copy(0, tokens, y)
         return y.view(h.shape)
 
-    def _select(self, x: Tensor, logits: Tensor, experts: Tensor, gates: Tensor) -> tuple[Any, Tensor]:
+    def after_step(self, *, applied: bool) -> None:
+        """After an optimizer step: adjust the bias where the block asks for it, unless the step was skipped."""
+        load, self.stats.step_load = self.stats.step_load, None
+        if applied and self.expert_bias is not None and load is not None:
+            rebalance(self.expert_bias, load.to(self.expert_bias.device), self._config.router.balance_coef)
+
+    def _select(
+        self, x: Tensor, logits: Tensor, experts: Tensor, gates: Tensor, load: Tensor | None
+    ) -> tuple[Any, Tensor]:
         limits = self._config.active_rows
         with self.keys.reading(latest=self._latest()) as keys:
             selection, scores, overflow = choose_rows(
@@ -108,7 +132,7 @@ class SparseAdapter(nn.Module):
                 on_overflow=limits.on_overflow,
             )
         if self.training:
-            self.stats.count(selection.active.numel(), overflow)
+            self.stats.count(selection.active.numel(), overflow, load)
         return selection, scores
 
     def _latest(self) -> bool:

@@ -23,8 +23,15 @@ class RoutingStats:
     mass: Tensor | None = field(default=None, repr=False)
     """[2] float64: total activation of all picks, and of those that the cap kept."""
 
-    def count(self, active_rows: int, overflow: Overflow) -> None:
+    load: Tensor | None = field(default=None, repr=False)
+    """[N]: how many tokens have chosen each expert."""
+    step_load: Tensor | None = field(default=None, repr=False)
+    """[N]: the same since the last optimizer step."""
+
+    def count(self, active_rows: int, overflow: Overflow, load: Tensor) -> None:
         self.micro_batches += 1
+        self.load = load if self.load is None else self.load + load
+        self.step_load = load if self.step_load is None else self.step_load + load
         self.active_rows += active_rows
         mass = torch.stack((overflow.mass, overflow.kept_mass)).double()
         self.mass = mass if self.mass is None else self.mass + mass
@@ -39,9 +46,10 @@ def gate(logits: Tensor, kind: str) -> Tensor:
     return torch.ones_like(logits)
 
 
-def choose_experts(logits: Tensor, experts_per_token: int) -> Tensor:
-    """[T, n] int64, ascending: each token's experts by its logits [T, N]."""
-    return route(logits.detach(), experts_per_token)
+def choose_experts(logits: Tensor, experts_per_token: int, bias: Tensor | None = None) -> Tensor:
+    """[T, n] int64, ascending: each token's experts by its logits [T, N], to which ``bias`` [N] is added."""
+    logits = logits.detach()
+    return route(logits if bias is None else logits + bias, experts_per_token)
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ def save_adapter(
     """Write the adapter to ``folder``.
 
     Tensors: ``<ffn>.keys`` and ``<ffn>.values`` [r, d], in the compute copy's precision; ``<ffn>.router`` [N, d];
+    ``<ffn>.expert_bias`` [N], where experts are balanced by it;
     ``<ffn>.base_sample`` [64], to tell another base model. Names are those that FFNs have without PEFT's wrapper, so
     that an adapter fits the model with and without it.
 
@@ -63,6 +64,8 @@ def save_adapter(
         with gathered([adapter.router] if router is None else []):
             router = (adapter.router if router is None else router).detach()
             tensors[f"{name}.router"] = router.to("cpu", copy=True).contiguous()
+        if adapter.expert_bias is not None:
+            tensors[f"{name}.expert_bias"] = adapter.expert_bias.to("cpu", copy=True)
         tensors[f"{name}.base_sample"] = samples[full_name].contiguous()
     save_file(tensors, folder / WEIGHTS_FILE)
     dtype = next(name for name, value in DTYPES.items() if value == attached.compute_dtype)
@@ -140,6 +143,12 @@ def require_fit(attached: AttachedAdapters, folder: Path) -> None:
     for key in ("rows", "num_experts", "experts_per_token", "top_k", "gate"):
         if saved[key] != own[key]:
             raise MeftConfigError(f"{folder} was saved with adapter.{key} = {saved[key]}, not {own[key]}")
+    saved_balance, own_balance = description["meft"]["router"]["balance"], attached.config.router.balance
+    if (saved_balance == "bias") != (own_balance == "bias"):
+        raise MeftConfigError(
+            f'{folder} was saved with router.balance = "{saved_balance}", not "{own_balance}", and a bias is part of '
+            "how experts are chosen"
+        )
     names = [adapter.name for adapter in attached.adapters.values()]
     if description["ffns"] != names:
         raise MeftConfigError(
@@ -177,6 +186,8 @@ def fill(attached: AttachedAdapters, folder: Path) -> None:
                 table.fill(*_planes(file, f"{adapter.name}.{kind}"))
             with gathered([adapter.router], modify=True), torch.no_grad():
                 adapter.router.copy_(file.get_tensor(f"{adapter.name}.router"))
+            if adapter.expert_bias is not None:
+                adapter.expert_bias.copy_(file.get_tensor(f"{adapter.name}.expert_bias"))
 
 
 def _planes(file: Any, name: str) -> tuple[Tensor, Tensor | None]:
@@ -195,7 +206,9 @@ def _expected(attached: AttachedAdapters) -> dict[str, Sequence[int]]:
             ("values", adapter.values.handle),
             ("router", adapter.router),
             ("base_sample", attached.base_samples[name]),
+            ("expert_bias", adapter.expert_bias),
         )
+        if tensor is not None
     }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from meft_engine.offload.gradients import GradientAccumulator, RowGradient
 from meft_engine.offload.memory import host_zeros
+from meft_engine.phases import phase
 from meft_kernels import planes
 from meft_kernels.dispatch import row_passes
 from meft_kernels.rows import RowTable
@@ -86,6 +87,8 @@ class PartiallyOffloadedTensor:
 
         self.max_staleness = max_staleness
         self.reads, self.stale_reads = 0, 0
+        # Of values gathered and gradients returned; where device and host are one, what would cross otherwise.
+        self.bytes_to_device, self.bytes_to_host = 0, 0
         self._expected, self._written, self._torn = 0, 0, False
         self._lock = threading.RLock()
         self._wait: Callable[[Callable[[], bool]], None] | None = None
@@ -182,9 +185,10 @@ class PartiallyOffloadedTensor:
         allowed = 0 if latest else self.max_staleness
         if self._wait is None:
             self._lock.acquire()
-        else:
-            self._wait(lambda: self._expected - self._written <= allowed)
-            self._wait(lambda: self._lock.acquire(blocking=False))
+        elif self._expected - self._written > allowed or not self._lock.acquire(blocking=False):
+            with phase("wait"):
+                self._wait(lambda: self._expected - self._written <= allowed)
+                self._wait(lambda: self._lock.acquire(blocking=False))
         try:
             behind = self._expected - self._written
             if self._torn or behind > allowed:
@@ -220,7 +224,9 @@ class PartiallyOffloadedTensor:
         if version is not None:
             self.require_version(version)
         self._largest_gather = max(self._largest_gather, rows.numel())
-        with self.reading(latest=latest) as table:
+        if not self.resident:
+            self.bytes_to_device += rows.numel() * self.width * self.compute_dtype.itemsize
+        with phase("gather"), self.reading(latest=latest) as table:
             if table.device.type != "cpu":
                 return table.index_select(0, rows.to(table.device)).to(self.device).float()
             rows = rows.to("cpu").contiguous()
@@ -261,6 +267,7 @@ class PartiallyOffloadedTensor:
         """
         if not self.trainable or not rows.numel():
             return
+        self.bytes_to_host += grad.numel() * torch.float32.itemsize
         rows, grad = rows.to("cpu"), grad.to("cpu", torch.float32).contiguous()
         least, most = int(rows.min()), int(rows.max())
         if least < 0 or most >= self.rows:

@@ -20,6 +20,7 @@ from tests.integration.processes import SCRIPTS, start_jobs, wait_for
 
 pytest.importorskip("trl")
 
+FINETUNE = Path(__file__).parents[2] / "launch" / "finetune.py"
 CONFIG = {
     **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
     "zero_optimization": {"stage": 2},
@@ -47,6 +48,13 @@ def sft(name: str, config: str, steps: int) -> list[str]:
     return [str(SCRIPTS / "sft.py"), "model", "train.json", name, f"{config}.json", str(steps)]
 
 
+def finetune(name: str, config: str, **options: Any) -> list[str]:
+    settings = {"train_file": "train.json", "output_dir": name, "deepspeed": f"{config}.json", "max_length": 16}
+    settings |= {"model_name_or_path": "model", "learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1, **options}
+    flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    return [str(FINETUNE), "--use_cpu", "--report_to", "none", "--save_strategy", "no", *flags]
+
+
 def loop(name: str, config: str) -> list[str]:
     return [str(SCRIPTS / "accelerate_loop.py"), "model", name, f"{config}.json"]
 
@@ -63,8 +71,15 @@ ON_THE_LAUNCH_LINE = [
     clm("clm off", "off", max_steps=4),
     sft("sft off", "off", 3),
     loop("loop off", "off"),
+    finetune("finetune", "on", eval_share=0.2, eval_strategy="steps", eval_steps=2),
 ]
-PLAIN = [clm("clm plain", "none", max_steps=4), sft("sft plain", "none", 3), loop("loop plain", "none")]
+PLAIN = [
+    clm("clm plain", "none", max_steps=4),
+    sft("sft plain", "none", 3),
+    loop("loop plain", "none"),
+    # The project's own script enables itself, and leaves the process group at its end.
+    finetune("finetune streamed", "on", streaming=True, eval_file="validation.json"),
+]
 
 
 def write_model(folder: Path) -> None:
@@ -161,6 +176,18 @@ def test_another_process_loads_what_trainer_saved_and_gets_equal_logits(part, fo
     with torch.no_grad():
         logits = model(input_ids=blocks).logits
     torch.testing.assert_close(logits, predicted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune streamed"])
+def test_finetune_shows_lengths_trains_and_saves(name, folder):
+    curve = losses(folder / name)
+    assert len(curve) == 6 and curve[-1] < curve[0] - 0.2
+    report = json.loads((folder / name / "train_report.json").read_text())
+    assert report["steps"] == 6 and report["rows"] == 48 and 0 < report["touched_share"] < 1
+    assert json.loads((folder / name / "adapter_config.json").read_text())["peft_type"] == "MEFT"
+    log = (folder / f"{'plain' if 'streamed' in name else 'launched'}.log").read_text()
+    assert log.count("Length of examples in tokens (max_length 16)") == 1
+    assert ("first " in log) == ("streamed" in name)
 
 
 def test_stage_3_saves_as_the_others_do(folder):

@@ -22,11 +22,13 @@ DESIGNED = json.loads("""{
   "adapter": { "rows": 8192, "num_experts": null, "experts_per_token": 4, "top_k": 16, "gate": "softmax",
                "target_modules": null, "layers_to_transform": null, "init_keys": "ffn", "freeze_base": true,
                "seed": 42 },
+  "router": { "lr_scale": 1.0, "balance": "none", "balance_coef": 0.01, "z_loss_coef": 0.0 },
   "active_rows": { "cap": null, "on_overflow": "keep_largest" },
   "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": true },
   "optimizer": { "lr_scale": 1.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true, "max_staleness": 0,
                  "num_threads": null, "worker_timeout": 10.0 },
-  "checkpoint": { "save_base": false }
+  "checkpoint": { "save_base": false },
+  "monitor": { "interval": 10, "min_kept_mass": 0.9, "max_dead_experts": 0.5 }
 }""")
 
 
@@ -45,7 +47,10 @@ BAD = {
     "unknown field, misspelt": ({"adapter": {"row": 3}}, ["adapter.row", "3", 'mean "rows"']),
     "unknown field, nothing like it": ({"optimizer": {"zzz": 1}}, ["optimizer.zzz", "1", "lr_scale"]),
     "unknown section, misspelt": ({"adaptor": {}}, ["adaptor", "{}", 'mean "adapter"']),
-    "unknown section": ({"router": {"balance": "none"}}, ["router", "balance", "active_rows, adapter, checkpoint"]),
+    "unknown section": (
+        {"communication": {"dtype": "fp32"}},
+        ["communication", "dtype", "active_rows, adapter, checkpoint"],
+    ),
     "section in itself": ({"adapter": {"adapter": {}}}, ["adapter.adapter", "{}", "rows, seed"]),
     "section is a number": ({"adapter": 5}, ["adapter", "5", "object"]),
     "section is null": ({"offload": None}, ["offload", "None", "object"]),

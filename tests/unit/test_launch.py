@@ -6,7 +6,6 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-import completions
 import demo
 import evaluate
 import facts
@@ -30,93 +29,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
-
-
-@pytest.fixture(autouse=True)
-def private_dataset_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` caches what it reads; a test neither finds the cache of another nor leaves one behind."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
-
-
-def write_lines(path: Path, *rows: dict) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-# Reading examples
-
-
-def test_examples_keep_the_two_columns_under_their_names(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", {"q": "where is zrh", "a": "zurich", "id": 1})
-    examples = completions.load_examples(path, "q", "a")
-    assert examples.to_dict() == {"prompt": ["where is zrh"], "completion": ["zurich"]}
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("", r"a\.jsonl' is empty; it needs at least one line"),
-        ("\n \n", r"a\.jsonl' is empty; it needs at least one line"),
-        ('{"prompt": "x"}\n', r"has no column 'completion' \(it has 'prompt'\).*--completion_column"),
-        ('{"question": "x", "completion": "y"}\n', r"has no column 'prompt' .*--prompt_column"),
-        ('{"prompt": "x", "completion": 3}\n', r"column 'completion' .* holds int64 where text is needed"),
-        ('{"prompt": "x", "completion": ["y"]}\n', r"column 'completion' .* where text is needed"),
-        ('{"prompt": "x", "completion": "y"}\n{"prompt": "z"}\n', r"example 2 of .* has no 'completion'"),
-        ('{"prompt": "  ", "completion": "y"}\n', r"example 1 of .* has no 'prompt'"),
-        ("prompt,completion\nx,y\n", r"is not JSON lines"),
-    ],
-)
-def test_bad_data_gets_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=sentence) as caught:
-        completions.load_examples(str(path))
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.jsonl' does not exist"):
-        completions.load_examples(str(tmp_path / "nowhere.jsonl"))
-
-
-# Labels and padding
-
-
-def test_loss_is_on_the_completion_and_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    example = completions.encode("where is zrh", "zurich", tokenizer)
-    assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == ["where", "is", "zrh", "zurich", "<eos>"]
-    assert example["labels"] == [-100, -100, -100, *example["input_ids"][3:]]
-
-
-def test_padding_is_right_ignored_and_not_mistaken_for_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    short = completions.encode("zrh", "zurich", tokenizer)
-    long = completions.encode("where is the airport", "geneva", tokenizer)
-    batch = completions.CompletionCollator(tokenizer.pad_token_id)([short, long])
-    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(batch, (2, 6))
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
-    # <eos> is also the padding token: it counts where the answer ends, and nowhere after.
-    assert batch["labels"][0].tolist() == [-100, WORDS.index("zurich"), tokenizer.eos_token_id, -100, -100, -100]
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-
-
-def test_long_examples_are_dropped_and_counted(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [{"prompt": "where is " * n, "completion": "bern"} for n in (1, 2, 9)]
-    examples = completions.load_examples(write_lines(tmp_path / "a.jsonl", *rows))
-    kept = completions.tokenize(examples, tokenizer, max_length=6)
-    assert [len(ids) for ids in kept["input_ids"]] == [4, 6]
-    assert kept.column_names == ["input_ids", "labels"]
-    assert "1 of 3 examples of the data are longer than max_length = 6 tokens and were dropped" in caplog.text
-    with pytest.raises(ValueError, match=r"max_length = 3 is shorter than every example .* use --max_length 20"):
-        completions.tokenize(examples, tokenizer, max_length=3)
-
-
-def test_max_length_has_room_for_an_answer() -> None:
-    with pytest.raises(ValueError, match="max_length = 1"):
-        finetune.DataArguments(train_file="a.jsonl", max_length=1)
 
 
 # Scores

@@ -4,6 +4,7 @@ Usage: run_several.py JOBS.json, which holds a list of [script, arguments...].
 """
 
 import json
+import os
 import runpy
 import sys
 
@@ -20,8 +21,9 @@ if __name__ == "__main__":
     with open(path) as file:
         jobs = json.load(file)
     for script, *arguments in jobs:
-        sys.argv = [script, *arguments]
+        sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
         runpy.run_path(script, run_name="__main__")
         # accelerate keeps the first script's DeepSpeed configuration for the whole process.
         AcceleratorState._reset_state()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

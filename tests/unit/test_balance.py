@@ -1,0 +1,87 @@
+"""The losses and the bias that keep experts in use, against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from meft_engine.adapter.balance import AddLoss, auxiliary_loss, balance_loss, expert_load, rebalance, z_loss
+from meft_engine.config import RouterConfig
+
+
+def logits_and_experts(tokens: int = 13, experts: int = 7, chosen: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    logits = 3 * torch.randn(tokens, experts, generator=generator)
+    return logits, logits.topk(chosen).indices
+
+
+def test_the_load_counts_choices():
+    _, experts = logits_and_experts()
+    assert expert_load(experts, 7).tolist() == [sum(row.count(e) for row in experts.tolist()) for e in range(7)]
+    assert expert_load(experts[:0], 7).tolist() == [0] * 7
+
+
+def test_the_balance_loss_is_the_formula():
+    logits, experts = logits_and_experts()
+    expected = 0.0
+    for e in range(7):
+        share = sum(row.count(e) for row in experts.tolist()) / experts.numel()
+        probability = sum(math.exp(row[e]) / sum(map(math.exp, row)) for row in logits.tolist()) / len(logits)
+        expected += 7 * share * probability
+    assert float(balance_loss(logits, expert_load(experts, 7))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_balance_loss_is_1_at_even_load_and_N_at_collapse():
+    even = torch.zeros(8, 8)
+    assert float(balance_loss(even, torch.full((8,), 3.0))) == pytest.approx(1)
+    collapsed = torch.full((8, 8), -40.0)
+    collapsed[:, 2] = 40
+    assert float(balance_loss(collapsed, expert_load(torch.full((8, 1), 2), 8))) == pytest.approx(8)
+
+
+def test_its_gradient_pushes_the_crowded_expert_down():
+    logits = torch.zeros(6, 4, requires_grad=True)
+    balance_loss(logits, torch.tensor([9.0, 1, 1, 1])).backward()
+    assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
+
+
+def test_the_z_loss_is_the_formula():
+    logits, _ = logits_and_experts()
+    expected = sum(math.log(sum(map(math.exp, row))) ** 2 for row in logits.tolist()) / len(logits)
+    assert float(z_loss(logits)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_block_says_what_is_added():
+    logits, experts = logits_and_experts()
+    load = expert_load(experts, 7)
+    assert auxiliary_loss(RouterConfig(), logits, load) is None
+    assert auxiliary_loss(RouterConfig(balance="bias"), logits, load) is None
+    both = auxiliary_loss(RouterConfig(balance="loss", balance_coef=0.5, z_loss_coef=0.25), logits, load)
+    assert float(both) == pytest.approx(0.5 * float(balance_loss(logits, load)) + 0.25 * float(z_loss(logits)))
+    assert auxiliary_loss(RouterConfig(balance="loss"), logits[:0], load * 0) is None, "of padding alone"
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_an_added_loss_is_differentiated_once_with_the_factor_of_the_backward(reentrant):
+    weight = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    factor = [1.0]
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return AddLoss.apply(x * weight, weight.square().sum(), lambda: factor[0])
+
+    x = torch.ones(4, 3, requires_grad=True)
+    y = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+    torch.testing.assert_close(y, x * weight)
+    factor[0] = 8.0  # a loss scale that has changed since the forward
+    (8.0 * y.sum()).backward()
+    torch.testing.assert_close(weight.grad, 8.0 * (4 + 2 * weight.detach()))
+    torch.testing.assert_close(x.grad, 8.0 * weight.detach().expand(4, 3))
+
+
+def test_the_bias_follows_the_load():
+    bias = torch.tensor([0.5, 0, 0, 0])
+    rebalance(bias, torch.tensor([0.0, 4, 9, 3]), 0.1)
+    torch.testing.assert_close(bias, torch.tensor([0.6, 0, -0.1, 0.1]))
