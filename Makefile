@@ -4,6 +4,8 @@ VENV        ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
 EXTRAS      ?= launch,demo,trl,test
 PYTEST_ARGS ?=
+# Processes that share the tests; a module's tests stay together, since they share what is expensive to build.
+WORKERS     ?= auto
 BENCH_ARGS  ?=
 
 BIN         := $(VENV)/bin
@@ -28,11 +30,12 @@ demo: $(STAMP)
 	$(BIN)/python launch/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -x -q -m "not slow and not families" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -x -q -n $(WORKERS) --dist loadscope -m "not slow and not families" $(PYTEST_ARGS)
 
 # What an adapter does, for every family of models; writes docs/families.md.
 test-families: $(STAMP)
-	$(BIN)/python -m pytest tests/integration/test_families.py -q --families-table docs/families.md $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/integration/test_families.py tests/integration/test_lora_base.py -q \
+		-m behaviour --families-table docs/families.md $(PYTEST_ARGS)
 
 # What first compiles DeepSpeed's own operators, a minute each.
 test-slow: $(STAMP)
