@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class MeftEngine(DeepSpeedEngine):
             flat = len(groups) == 1 and groups[0].keys() == {"params"}
             model_parameters = groups[0]["params"] if flat else groups
         self.phases = PhaseClock()
-        self.loss_so_far: Tensor | None = None
+        self.step_losses: deque[tuple[int, Tensor]] = deque(maxlen=10_000)  # with the step that each belongs to
+        self._window_loss: Tensor | None = None
         super().__init__(args, model, optimizer, model_parameters, config=config, config_class=config_class, **kwargs)
 
         require_adam(self.basic_optimizer)
@@ -117,7 +119,7 @@ class MeftEngine(DeepSpeedEngine):
         self._begin_backward()
         scaled = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         own = scaled.detach().float()
-        self.loss_so_far = own if self.loss_so_far is None else self.loss_so_far + own
+        self._window_loss = own if self._window_loss is None else self._window_loss + own
         return scaled
 
     def _backward_prologue(self) -> None:
@@ -153,6 +155,9 @@ class MeftEngine(DeepSpeedEngine):
         for adapter in self.meft_adapters.adapters.values():
             adapter.after_step(applied=self._step_applied)
         self._window_micro_steps = 0
+        if self._window_loss is not None:
+            self.step_losses.append((self.global_steps, self._window_loss))
+            self._window_loss = None
         self._watch.after_step()
 
     def synchronize_rows(self) -> None:

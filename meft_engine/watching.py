@@ -32,7 +32,6 @@ class _Totals:
     bytes_to_device: int
     bytes_to_host: int
     seconds: dict[str, float]
-    loss: float | None
 
 
 class Window:
@@ -58,8 +57,9 @@ class Window:
             return {}
         self._before = now
         found: dict[str, float] = {"lr": float(engine.row_optimizer.param_groups[0]["lr"])}
-        if now.loss is not None:
-            found["loss"] = (now.loss - (before.loss or 0.0)) / steps
+        losses = [float(loss) for step, loss in engine.step_losses if step > before.steps]
+        if losses:
+            found["loss"] = sum(losses) / len(losses)
         norm = engine.get_global_grad_norm()
         if norm is not None:
             found["grad_norm"] = float(norm)
@@ -144,7 +144,6 @@ def _count(engine: MeftEngine) -> _Totals:
     adapters = list(engine.meft_adapters.adapters.values())
     stats, tables = [adapter.stats for adapter in adapters], engine.meft_adapters.tables()
     masses = [s.mass.cpu() for s in stats if s.mass is not None]
-    loss = engine.loss_so_far
     return _Totals(
         steps=engine.global_steps,
         micro_batches=sum(s.micro_batches for s in stats),
@@ -154,7 +153,6 @@ def _count(engine: MeftEngine) -> _Totals:
         bytes_to_device=sum(table.bytes_to_device for table in tables),
         bytes_to_host=sum(table.bytes_to_host for table in tables),
         seconds=engine.phases.seconds(),
-        loss=float(loss) if loss is not None else None,
     )
 
 

@@ -9,8 +9,8 @@ import pytest
 
 _HEAD = """# Families and behaviours
 
-Written by `make test-families` from the tests in `tests/integration/` that are marked as a behaviour, which run over tiny
-models with random weights.
+Written by `make test-families` from the tests in `tests/integration/` that are marked as a behaviour. They run over
+tiny models with random weights.
 """
 
 

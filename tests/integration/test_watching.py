@@ -68,6 +68,16 @@ def test_figures_are_of_the_steps_since_the_last_reading():
     assert found["device_memory_bytes"] == engine.meft_report()["device_bytes"]
 
 
+def test_a_loss_that_is_not_finite_spoils_one_window_and_no_other():
+    engine = make_engine(clip=0.5)
+    window = Window(engine)
+    engine.backward(lm_loss(engine, batch(1)) * math.inf)
+    engine.step()
+    assert not engine.was_step_applied() and not math.isfinite(window.read()["loss"])
+    loss = train_step(engine, [batch(2)])
+    assert window.read()["loss"] == pytest.approx(loss)
+
+
 def test_dead_experts_and_entropy_are_those_of_the_load():
     engine = make_engine()
     window = Window(engine)
