@@ -41,6 +41,9 @@ def install(engine: MeftEngine) -> None:
             )
         folder = Path(save_directory)
         if trains_more_than_the_adapter(model):
+            if state_dict is None and engine.zero_optimization_partition_weights():
+                # What the model holds of its own accord is nothing.
+                state_dict = engine._zero3_consolidated_16bit_state_dict()
             own = without_adapters(model, state_dict if state_dict is not None else model.state_dict())
             original(save_directory, is_main_process=is_main_process, state_dict=own, **kwargs)
             folder = folder / adapter_files.SUBFOLDER

@@ -66,8 +66,9 @@ def test_both_train_under_one_norm(stage):
     assert moved == {name for name in start if "lora_" in name}
 
 
+@pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_is_saved_loads_in_plain_peft_and_with_the_adapter(stage, tmp_path):
+def test_what_is_saved_loads_in_plain_peft_and_with_the_adapter(stage, given, tmp_path):
     engine = make_engine(stage)
     for step in range(3):
         train_step(engine, [batch(step)])
@@ -76,7 +77,7 @@ def test_what_is_saved_loads_in_plain_peft_and_with_the_adapter(stage, tmp_path)
     with torch.no_grad():
         expected = engine(input_ids=ids).logits.clone()
     state = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else engine.module.state_dict()
-    engine.module.save_pretrained(tmp_path, state_dict=state)
+    engine.module.save_pretrained(tmp_path, **({"state_dict": state} if given else {}))
     assert all((tmp_path / folder / "adapter_model.safetensors").is_file() for folder in ("", "meft"))
     assert not list(tmp_path.glob("model*.safetensors"))
 
