@@ -62,6 +62,9 @@ def test_both_train_under_one_norm(stage):
     assert losses[-1] < losses[0] - 0.2
     assert set(differing(rows, masters(engine))) == set(rows)
     state = engine.module.state_dict() if stage < 3 else engine._zero3_consolidated_16bit_state_dict()
+    if stage == 3:
+        trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
+        assert set(state) == trained, "the frozen base is not brought together"
     moved = {name for name in start if name in state and not torch.equal(state[name], start[name])}
     assert moved == {name for name in start if "lora_" in name}
 

@@ -34,7 +34,7 @@ HEALTH = {"balance": "loss", "balance_coef": 0.3, "z_loss_coef": 0.05}
 
 def make_engine(router: dict[str, Any] | None = None, adapter: dict | None = None, **settings: Any) -> Any:
     model = settings.pop("model", None) or tiny_llama()
-    engine = build_engine(model, tiny_block(adapter, router=router or {}), adam=ADAM, **settings)
+    engine = build_engine(model, tiny_block(adapter, router=router or {}), **{"adam": ADAM, **settings})
     fill_values(engine.meft_adapters)
     return engine
 
@@ -222,10 +222,16 @@ def router_masters(engine: Any) -> dict[str, Tensor]:
     return dict(zip(routers(engine), flat[0].detach().clone().view(3, 5, -1), strict=True))
 
 
-@pytest.mark.parametrize("name", STAGES)
+# `slow`, since DeepSpeed compiles its fused Adam on first use.
+FUSED = pytest.param("0, bf16, fused", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*STAGES, FUSED])
 def test_routers_step_at_their_own_rate(name, tmp_path):
     """A step from one state, moments and weight decay included, is proportional to the rate."""
-    settings = {**STAGES[name], "clip": 0.5}
+    settings = {**STAGES.get(name, STAGES["0, bf16"]), "clip": 0.5}
+    if "fused" in name:
+        settings["adam"] = {**ADAM, "torch_adam": False}
     whole, quarter = make_engine(**settings), make_engine({"lr_scale": 0.25}, **settings)
     for step in range(2):
         train_step(whole, [batch(step)])
