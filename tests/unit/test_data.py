@@ -295,6 +295,11 @@ def test_texts_are_packed_into_whole_blocks_and_nothing_is_lost(tokenizer: PreTr
     assert encoded["labels"] == encoded["input_ids"]
 
 
+def test_a_last_block_of_one_token_predicts_nothing_and_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded = encode([{"text": "where is zrh and bern"}], "text", tokenizer, max_length=5)
+    assert [words(ids, tokenizer) for ids in encoded["input_ids"]] == ["where is zrh and bern"]
+
+
 def test_without_packing_texts_stay_apart_and_long_ones_are_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = encode(TEXTS, "text", tokenizer, max_length=5, packing=False)
     assert [words(ids, tokenizer) for ids in encoded["input_ids"]] == [
