@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import meft_engine
+from meft_engine import phases
 from meft_engine.phases import PhaseClock, phase, use_clock
 from meft_engine.watching import Window
 from tests.families import fill_values, tiny_block, tiny_llama
@@ -137,23 +138,33 @@ def test_a_backward_of_the_scripts_own_is_charged_too():
     assert "loss" not in found, "the engine has not seen it"
 
 
-def test_phases_are_exclusive_and_survive_errors():
+def test_phases_are_exclusive_and_survive_errors(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
     clock = PhaseClock()
     use_clock(clock)
     try:
         with pytest.raises(KeyError), phase("outer"):
-            time.sleep(0.02)
+            passes(2)
             with phase("inner"):
-                time.sleep(0.03)
+                passes(3)
                 raise KeyError
+        passes(0.5)
         clock.begin("left open")
+        passes(7)
         clock.begin("inner")
+        passes(11)
         clock.end("left open")
         clock.end("never begun")
+        passes(0.25)
         found = clock.seconds()
     finally:
         use_clock(None)
-    assert 0.02 <= found["outer"] < 0.03 <= found["inner"] < 0.2
+    assert found == {"outer": 2, "inner": 14, "left open": 7, "other": 0.75}
     assert not clock.is_open("inner") and not clock.is_open("left open")
 
 
