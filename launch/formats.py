@@ -87,7 +87,10 @@ class Encoder:
         columns = columns_of(examples)
         self._require(columns)
         if self.kind == "text":
-            return examples.map(self._blocks, batched=True, remove_columns=columns, **self._progress(examples))
+            blocks = examples.map(self._blocks, batched=True, remove_columns=columns, **self._progress(examples))
+            if hasattr(blocks, "__len__") and not len(blocks):
+                raise DataError(f"{self.name} holds no text in {self.columns.text!r}; give data with some")
+            return blocks
         encoders: dict[str, Callable[[Mapping[str, Any], int], Ids]] = {
             "prompt_completion": self._pair,
             "alpaca": self._alpaca,
@@ -133,7 +136,9 @@ class Encoder:
         return encode_pair(prompt, completion, self.tokenizer)
 
     def _alpaca(self, example: Mapping[str, Any], index: int) -> Ids:
-        context = (example.get("input") or "").strip()
+        given = example.get("input")  # the one column that may be empty, or not be there at all
+        empty = given is None or (isinstance(given, str) and not given.strip())
+        context = "" if empty else self._text(example, "input", index).strip()
         prompt = _ALPACA.format(
             instruction=self._text(example, "instruction", index),
             more=", paired with an input that provides further context" if context else "",
@@ -170,9 +175,9 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
         except jinja2.TemplateError as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"the chat template cannot write {where} ({str(error).splitlines()[0]}); repair the template or the "
-                "example"
+                f"the chat template cannot write {where} ({reason}); repair the template or the example"
             ) from error
 
     def _blocks(self, examples: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:

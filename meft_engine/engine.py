@@ -99,8 +99,8 @@ class MeftEngine(DeepSpeedEngine):
         self._window_micro_steps = 0
         for adapter in attached.adapters.values():
             vars(adapter)["loss_factor"] = self._loss_factor
-        if block.router.lr_scale != 1.0:
-            scale_router_steps(self, attached, block.router.lr_scale)
+        scale = block.router.lr_scale
+        self._router_hooks = scale_router_steps(self, attached, scale) if scale != 1.0 else []
         save_pretrained.install(self)
         self._watch = watching.Watch(self)
         watching.attach_to_model(self)
@@ -180,6 +180,8 @@ class MeftEngine(DeepSpeedEngine):
         """Finish the rows' updates, end their thread and give the host memory back, besides what DeepSpeed does."""
         save_pretrained.uninstall(self.module)
         watching.detach_from_model(self.module)
+        for hook in self._router_hooks:
+            hook.remove()  # the optimizer may be the caller's, and live on
         try:
             self._row_step.close()
         finally:

@@ -7,6 +7,7 @@ enter where each optimizer computes or uses its own; and a rows' norm that is no
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,17 +19,17 @@ if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 
-class JointNorm:
+class JointNorm(ABC):
     """Base of the bridges. ``rows`` is the rows' norm of the step at hand, in the units of the scaled loss."""
 
     rows: float = 0.0
 
-    def before_step(self) -> None:
+    def before_step(self) -> None:  # noqa: B027 - most have nothing to do
         """Called once a step, when ``rows`` is known and before DeepSpeed steps."""
 
+    @abstractmethod
     def result(self) -> float:
         """The joint norm of the step that DeepSpeed has just taken, unscaled; infinite if it was skipped for it."""
-        raise NotImplementedError
 
     def combine(self, own: Any) -> Any:
         """√(own² + rows²), of the type of ``own``; a negative ``own``, by which DeepSpeed says "invalid", stays."""

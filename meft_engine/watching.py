@@ -44,7 +44,7 @@ class Window:
     def read(self) -> dict[str, float]:
         """The figures, by name; one that does not exist here (a phase that did not occur) is absent.
 
-        ``loss``, of the last window of micro-steps on the average; ``lr`` of the rows' first group; ``grad_norm``, the
+        ``loss``, the mean of these steps; ``lr`` of the rows' first group; ``grad_norm``, the
         joint norm of the last step. ``touched_share`` of a layer's rows by a micro-batch; ``kept_mass``, the share of
         activation that the cap kept; ``dead_experts``, the share of experts that no token chose; ``load_entropy``, of
         the experts' load, 1 where it is even. ``bytes_to_device``, ``bytes_to_host`` and ``seconds/<phase>``, a step.
@@ -149,7 +149,7 @@ def _count(engine: MeftEngine) -> _Totals:
         micro_batches=sum(s.micro_batches for s in stats),
         active_rows=sum(s.active_rows for s in stats),
         mass=torch.stack(masses).sum(0) if masses else torch.zeros(2, dtype=torch.float64),
-        loads=[s.load.double().cpu() if s.load is not None else torch.zeros(()) for s in stats],
+        loads=[s.load.cpu() if s.load is not None else torch.zeros(()) for s in stats],
         bytes_to_device=sum(table.bytes_to_device for table in tables),
         bytes_to_host=sum(table.bytes_to_host for table in tables),
         seconds=engine.phases.seconds(),

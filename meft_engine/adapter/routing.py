@@ -24,13 +24,13 @@ class RoutingStats:
     """[2] float64: total activation of all picks, and of those that the cap kept."""
 
     load: Tensor | None = field(default=None, repr=False)
-    """[N]: how many tokens have chosen each expert."""
+    """[N] float64, which counts on where float32 would stop at 2²⁴: how many tokens have chosen each expert."""
     step_load: Tensor | None = field(default=None, repr=False)
     """[N]: the same since the last optimizer step."""
 
     def count(self, active_rows: int, overflow: Overflow, load: Tensor) -> None:
         self.micro_batches += 1
-        self.load = load if self.load is None else self.load + load
+        self.load = load.double() if self.load is None else self.load + load
         self.step_load = load if self.step_load is None else self.step_load + load
         self.active_rows += active_rows
         mass = torch.stack((overflow.mass, overflow.kept_mass)).double()

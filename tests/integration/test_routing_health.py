@@ -121,15 +121,14 @@ def biases(engine: Any) -> dict[str, Tensor]:
 def test_the_bias_moves_once_a_step_by_the_load_of_the_whole_window():
     engine = make_engine(BIAS, stage=2, gas=2)
     chosen: dict[str, list[Tensor]] = {}
-    for name, adapter in engine.meft_adapters.adapters.items():
-        calls = adapter._calls
-        original = calls.record
-        adapter._calls.record = lambda a, *rest, original=original: (
-            chosen.setdefault(a.name, []).append(rest[2].experts.clone()),
-            original(a, *rest),
-        )
-        del name
-        break  # the tracker is shared by all layers
+    calls = next(iter(engine.meft_adapters.adapters.values()))._calls  # one tracker for all layers
+    original = calls.record
+
+    def record(adapter: Any, h: Tensor, tokens: Any, selection: Any, versions: Any) -> None:
+        chosen.setdefault(adapter.name, []).append(selection.experts.clone())
+        original(adapter, h, tokens, selection, versions)
+
+    calls.record = record
     train_step(engine, [batch(1), batch(2)])
     for name, bias in biases(engine).items():
         experts = torch.cat([e.flatten() for e in chosen[name]])
@@ -250,6 +249,15 @@ def test_routers_step_at_their_own_rate(name, tmp_path):
     # What the model computes with follows the masters.
     dtype = next(iter(router_values(quarter).values())).dtype
     assert differing(router_values(quarter), {k: v.to(dtype) for k, v in less.items()}) == []
+
+
+def test_an_optimizer_that_outlives_the_engine_steps_as_ever_again():
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine = build_engine(model, tiny_block(router={"lr_scale": 0.25}), optimizer=optimizer)
+    assert optimizer._optimizer_step_pre_hooks and optimizer._optimizer_step_post_hooks
+    engine.destroy()
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
 def test_a_schedulers_rate_is_scaled_and_not_replaced():

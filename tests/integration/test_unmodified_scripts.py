@@ -104,7 +104,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:
-    return torch.load(folder / name / "result.pt", weights_only=False)
+    return torch.load(folder / name / "result.pt", weights_only=True)
 
 
 def saved_rows(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -92,6 +92,16 @@ def test_dead_experts_and_entropy_are_those_of_the_load():
     assert found["load_entropy"] == pytest.approx(sum(entropies) / 3 / math.log(5))
 
 
+def test_loads_are_counted_on_in_long_runs():
+    engine = make_engine()
+    train_step(engine, [batch(1)])
+    for adapter in engine.meft_adapters.adapters.values():
+        adapter.stats.load += 2**30
+    window = Window(engine)
+    train_step(engine, [batch(2)])
+    assert window.read()["load_entropy"] > 0.5
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_exposed_phases_sum_to_the_step(overlap):
     engine = make_engine({"rows": 350}, {"optimizer": {"overlap": overlap}}, gas=2)
