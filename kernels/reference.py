@@ -58,6 +58,7 @@ def adapter(
     cap: int | None = None,
     real: Tensor | None = None,
     expert_bias: Tensor | None = None,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, ReferenceSelection]:
     """What the adapter adds to ``FFN(h)``.
 
@@ -69,12 +70,15 @@ def adapter(
         cap: most active rows, or ``None`` for no cap.
         real: [T] bool, false where a token is padding (which activates nothing); ``None``: all real.
         expert_bias: [N], added to the router's logits for the choice of experts, but not for their gates.
+        center: [d], subtracted from h wherever the adapter reads it; ``None``: nothing is.
 
     Returns:
         y [T, d] in float32 (float64 for float64 inputs), differentiable in h, keys, values and router; the selection.
     """
     wide = torch.promote_types(h.dtype, torch.float32)
     h, keys, values, router = (x.to(wide) for x in (h, keys, values, router))
+    if center is not None:
+        h = h - center
     rows, num_experts = keys.shape[0], router.shape[0]
     expert_of_row = torch.arange(rows, device=h.device) // (rows // num_experts)
 

@@ -69,6 +69,12 @@ class AdapterConfig(_Section):
     init_keys: Literal["ffn", "random"] = "ffn"
     """Where the keys start: from the FFN's own gate rows (repeated with 1 % noise where rows run out), or at random."""
 
+    center_inputs: bool = True
+    """Subtract the mean of the layer's inputs over the first training micro-batch before routing and scoring.
+
+    That mean is most of any input, so that without this all tokens, whatever they are, choose much the same rows.
+    """
+
     freeze_base: bool = True
     """Freeze the base model (all but PEFT's own parameters in a PEFT model). ``false``: leave it as it is."""
 

@@ -48,8 +48,12 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
 
 
 def tiny_block(adapter: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
-    """A ``"meft"`` block that fits the tiny models: 35 rows in 5 experts; both arguments override."""
+    """A ``"meft"`` block that fits the tiny models: 35 rows in 5 experts; both arguments override.
+
+    Inputs are not centered, so that dense models need not know of it; ``test_centered_inputs.py`` is about that.
+    """
     shape = {"rows": 35, "num_experts": 5, "experts_per_token": 2, "top_k": 3, "init_keys": "random"}
+    shape["center_inputs"] = False
     return {"enabled": True, "adapter": {**shape, **(adapter or {})}, **sections}
 
 

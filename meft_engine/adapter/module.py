@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from meft_engine.config import MeftConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.phases import phase
 from meft_engine.zero_parameters import full_shape
-from meft_kernels.dispatch import score_picks
+from meft_kernels.dispatch import Overflow, Selection, score_picks
 
 
 class SparseAdapter(nn.Module):
@@ -46,9 +47,16 @@ class SparseAdapter(nn.Module):
         self.stats = RoutingStats()
         self._calls, self._config = calls, config
         self.hooks: list[RemovableHandle] = []
+        self.observers: list[Callable[[Selection, Tensor, Overflow], None]] = []
+        """Called after each selection (not when one is replayed) with it, the activations [T, K] of its picks, and what
+        the cap did."""
         # [N] float32, added to logits in the choice of experts; not a buffer, which would be cast and counted.
         bias = torch.zeros(router.shape[0], device=router.device) if config.router.balance == "bias" else None
         self.__dict__["expert_bias"] = bias
+        # [d] float32, subtracted from inputs; zeros until the first training micro-batch, and not a buffer as above.
+        center = torch.zeros(router.shape[1], device=router.device) if config.adapter.center_inputs else None
+        self.__dict__["center"] = center
+        self._center_known = False
         # What the training loss is multiplied by before its backward, for losses that are added here.
         self.__dict__["loss_factor"] = lambda: 1.0
         # Makes autograd visit ApplyRows where no input requires grad (a first layer over a frozen base, gate "none").
@@ -78,6 +86,10 @@ class SparseAdapter(nn.Module):
         tokens = replayed.tokens if replayed else self._calls.real_tokens(h.shape)
         flat = h.reshape(-1, h.shape[-1])
         x = (flat if tokens is None else flat[tokens]).float()
+        if self.center is not None:
+            if self.training and not replayed and not self._center_known:
+                self._measure_center(x.detach())
+            x = x - self.center
 
         with phase("route"):
             logits = F.linear(x, self.router.float())
@@ -109,6 +121,17 @@ class SparseAdapter(nn.Module):
             y = torch.zeros_like(flat).index_copy(0, tokens, y)
         return y.view(h.shape)
 
+    def set_center(self, center: Tensor) -> None:
+        """Take a center [d] that was measured before; zeros: none was."""
+        self.center.copy_(center)
+        self._center_known = bool(center.any())
+
+    def _measure_center(self, x: Tensor) -> None:
+        """Take the mean of x [T, d], unless there is no token, or one that would spoil every later forward."""
+        mean = x.mean(0)
+        if x.shape[0] and bool(mean.isfinite().all()):
+            self.set_center(mean)
+
     def after_step(self, *, applied: bool) -> None:
         """After an optimizer step: adjust the bias where the block asks for it, unless the step was skipped."""
         load, self.stats.step_load = self.stats.step_load, None
@@ -131,6 +154,8 @@ class SparseAdapter(nn.Module):
                 cap=limits.cap if self.training else None,
                 on_overflow=limits.on_overflow,
             )
+        for observe in self.observers:
+            observe(selection, scores * gates.detach().gather(1, selection.slots), overflow)
         if self.training:
             self.stats.count(selection.active.numel(), overflow, load)
         return selection, scores

@@ -27,7 +27,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 SUBFOLDER = "meft"
 """Where the files are, in a folder that holds more than the adapter."""
 PEFT_TYPE = "MEFT"
-_FORMAT = 3
+_FORMAT = 4
 
 
 def save_adapter(
@@ -41,7 +41,7 @@ def save_adapter(
     """Write the adapter to ``folder``.
 
     Tensors: ``<ffn>.keys`` and ``<ffn>.values`` [r, d], in the compute copy's precision; ``<ffn>.router`` [N, d];
-    ``<ffn>.expert_bias`` [N], where experts are balanced by it;
+    ``<ffn>.expert_bias`` [N], where experts are balanced by it; ``<ffn>.center`` [d], where inputs are centered;
     ``<ffn>.base_sample`` [64], to tell another base model. Names are those that FFNs have without PEFT's wrapper, so
     that an adapter fits the model with and without it.
 
@@ -66,6 +66,8 @@ def save_adapter(
             tensors[f"{name}.router"] = router.to("cpu", copy=True).contiguous()
         if adapter.expert_bias is not None:
             tensors[f"{name}.expert_bias"] = adapter.expert_bias.to("cpu", copy=True)
+        if adapter.center is not None:
+            tensors[f"{name}.center"] = adapter.center.to("cpu", copy=True)
         tensors[f"{name}.base_sample"] = samples[full_name].contiguous()
     save_file(tensors, folder / WEIGHTS_FILE)
     dtype = next(name for name, value in DTYPES.items() if value == attached.compute_dtype)
@@ -140,7 +142,7 @@ def require_fit(attached: AttachedAdapters, folder: Path) -> None:
     """
     description = read_description(folder)
     saved, own = description["meft"]["adapter"], attached.config.resolved()["adapter"]
-    for key in ("rows", "num_experts", "experts_per_token", "top_k", "gate"):
+    for key in ("rows", "num_experts", "experts_per_token", "top_k", "gate", "center_inputs"):
         if saved[key] != own[key]:
             raise MeftConfigError(f"{folder} was saved with adapter.{key} = {saved[key]}, not {own[key]}")
     saved_balance, own_balance = description["meft"]["router"]["balance"], attached.config.router.balance
@@ -188,6 +190,8 @@ def fill(attached: AttachedAdapters, folder: Path) -> None:
                 adapter.router.copy_(file.get_tensor(f"{adapter.name}.router"))
             if adapter.expert_bias is not None:
                 adapter.expert_bias.copy_(file.get_tensor(f"{adapter.name}.expert_bias"))
+            if adapter.center is not None:
+                adapter.set_center(file.get_tensor(f"{adapter.name}.center"))
 
 
 def _planes(file: Any, name: str) -> tuple[Tensor, Tensor | None]:
@@ -207,6 +211,7 @@ def _expected(attached: AttachedAdapters) -> dict[str, Sequence[int]]:
             ("router", adapter.router),
             ("base_sample", attached.base_samples[name]),
             ("expert_bias", adapter.expert_bias),
+            ("center", adapter.center),
         )
         if tensor is not None
     }

@@ -48,14 +48,18 @@ def dense_twin(model: nn.Module, engine: Any) -> nn.Module:
 
 
 def reference_twin(model: nn.Module, engine: Any) -> nn.Module:
-    """The frozen ``model`` with reference adapters in the present state of the engine's rows and routers."""
+    """The frozen ``model`` with reference adapters in the present state of the engine's rows, routers and centers."""
     block = engine.meft_adapters.config.adapter
     shape = {"experts_per_token": block.experts_per_token, "top_k": block.top_k, "gate": block.gate}
     return _twin(
         model,
         engine,
         lambda ffn, adapter: ReferenceAdapter(
-            ffn, adapter.keys.master, adapter.values.master, adapter.router.detach(), shape
+            ffn,
+            adapter.keys.master,
+            adapter.values.master,
+            adapter.router.detach(),
+            {**shape, "center": adapter.center.clone() if adapter.center is not None else None},
         ),
     )
 

@@ -20,8 +20,8 @@ from meft_engine.cores import rank_cores
 DESIGNED = json.loads("""{
   "enabled": true,
   "adapter": { "rows": 8192, "num_experts": null, "experts_per_token": 4, "top_k": 16, "gate": "softmax",
-               "target_modules": null, "layers_to_transform": null, "init_keys": "ffn", "freeze_base": true,
-               "seed": 42 },
+               "target_modules": null, "layers_to_transform": null, "init_keys": "ffn",
+               "center_inputs": true, "freeze_base": true, "seed": 42 },
   "router": { "lr_scale": 1.0, "balance": "none", "balance_coef": 0.01, "z_loss_coef": 0.0 },
   "active_rows": { "cap": null, "on_overflow": "keep_largest" },
   "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": true },
