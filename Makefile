@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-slow bench-optimizer lint format clean
+.PHONY: venv demo test test-families test-slow bench-optimizer bench-quality bench-quality-full quality-page lint format clean
 
 venv: $(STAMP)
 
@@ -49,6 +49,18 @@ $(BENCH_STAMP): $(STAMP)
 # The row optimizer beside DeepSpeed's and torch's; results go to benchmarks/results (see benchmarks/README.md).
 bench-optimizer: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/optimizer.py $(BENCH_ARGS)
+
+# What adapters learn and forget beside LoRA and a dense adapter; an hour on two cores. It goes on where it stopped.
+bench-quality: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
+
+# With 1,500 facts and all ablations besides; several hours.
+bench-quality-full: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/quality.py --full $(BENCH_ARGS)
+
+# docs/quality.md, from the results of the two above.
+quality-page: $(STAMP)
+	$(BIN)/python benchmarks/quality_page.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -1,0 +1,156 @@
+"""Which trials are conducted: methods side by side, curves over their size, and ablations of MEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from learning import methods
+from learning.runner import Result, Runner
+from learning.top_layers import TopLayers
+from learning.trial import Trial
+from meft_engine.config import MeftConfig
+
+ROWS = MeftConfig().adapter.rows
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is tried. Learning rates stand around those that were best in trials with fewer facts."""
+
+    trial: Trial = field(default_factory=lambda: Trial("meft"))
+    """What all trials have in common."""
+    rows: int = ROWS
+    """Of MEFT and of the dense adapter, where they are compared."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rates: Mapping[str, tuple[float, ...]] = field(
+        default_factory=lambda: {
+            "meft": (1e-2, 2e-2, 4e-2),
+            "lora_16": (4e-3, 8e-3, 1.6e-2),
+            "lora_equal_bytes": (1.5e-3, 3e-3, 6e-3),
+            "dense": (3e-4, 1e-3, 3e-3),
+        }
+    )
+    meft_sizes: tuple[int, ...] = (64, 256, 1024, 4096)
+    dense_sizes: tuple[int, ...] = (64, 256, 1024, 4096)
+    lora_sizes: tuple[int, ...] = (4, 64)
+    top_ks: tuple[int, ...] = (4, 64)
+    caps: tuple[float, ...] = (0.03,)
+    """Shares of the rows."""
+
+
+QUICK = Scope(
+    Trial("meft", facts=32, epochs=1, batch_size=16, adapter={"rows": 64}),
+    rows=64,
+    seeds=(0,),
+    rates={"meft": (2e-2,), "lora_16": (8e-3,), "lora_equal_bytes": (3e-3,), "dense": (1e-3,)},
+    meft_sizes=(16,),
+    dense_sizes=(),
+    lora_sizes=(),
+    top_ks=(4,),
+    caps=(0.5,),
+)
+"""Whether everything runs."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A result and what it is of."""
+
+    study: str
+    label: str
+    result: Result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results of the methods, and the trial with the learning rate that each does best with."""
+
+    entries: list[Entry]
+    best: Mapping[str, Trial]
+
+    def results(self, method: str) -> list[Result]:
+        """Those with the best learning rate, one for each seed."""
+        rate = self.best[method].learning_rate
+        return [e.result for e in self.entries if e.label == method and e.result.trial.learning_rate == rate]
+
+
+def compare(runner: Runner, scope: Scope, model: str, first_layer: int) -> Comparison:
+    """Every method with its learning rates; then, with the best of them, the other seeds.
+
+    The best rate is the one with the lowest loss on what was trained, after training: the second wording has no say.
+    LoRA's second rank is the one at which it holds as many bytes on the device as MEFT does.
+    """
+    common = scope.trial
+    lora = replace(common, method="lora", rank=LORA_RANK, adapter={})
+    found = _search(runner, scope, {"meft": common, "lora_16": lora})
+    layers = TopLayers(model, first_layer).model.layers
+    rank = methods.lora_rank_of_bytes(found["meft"][0]["device_bytes"], layers)
+    dense = replace(common, method="dense", rows=scope.rows, adapter={})
+    found |= _search(runner, scope, {"lora_equal_bytes": lora.but(rank=rank), "dense": dense})
+
+    best = {name: min(results, key=lambda result: result["trained_loss"]).trial for name, results in found.items()}
+    grid = [(name, trial.but(seed=seed)) for name, trial in best.items() for seed in scope.seeds[1:]]
+    entries = [Entry("methods", name, result) for name, results in found.items() for result in results]
+    return Comparison(entries + _entries(runner, "methods", grid, "Methods, other seeds"), best)
+
+
+def _search(runner: Runner, scope: Scope, trials: Mapping[str, Trial]) -> dict[str, list[Result]]:
+    grid = [(name, trial.but(learning_rate=rate)) for name, trial in trials.items() for rate in scope.rates[name]]
+    entries = _entries(runner, "methods", grid, "Methods, learning rates")
+    return {name: [entry.result for entry in entries if entry.label == name] for name in trials}
+
+
+def sizes(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
+    """Exact match against the size of the adapter: rows, or LoRA's rank; each with its method's best rate."""
+    best = comparison.best
+    grid = [("meft", best["meft"].but(adapter={"rows": rows})) for rows in scope.meft_sizes]
+    grid += [("dense", best["dense"].but(rows=rows)) for rows in scope.dense_sizes]
+    grid += [("lora", best["lora_16"].but(rank=rank)) for rank in scope.lora_sizes]
+    return _entries(runner, "sizes", grid, "Sizes")
+
+
+def sparsity(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
+    """What few rows cost: other top-K, with all seeds, and caps that bind."""
+    best = comparison.best["meft"]
+    grid = [(f"top_k = {k}", best.but(adapter={"top_k": k}, seed=s)) for k in scope.top_ks for s in scope.seeds]
+    grid += [(f"cap = {share:.0%}", best.but(active_rows={"cap": int(share * scope.rows)})) for share in scope.caps]
+    return _entries(runner, "sparsity", grid, "Sparsity")
+
+
+def ablations(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
+    """One thing at a time is changed from the defaults; all seeds."""
+    best = comparison.best["meft"]
+    changed = []
+    for section, name, values in _ABLATED:
+        shown = f"router.{name}" if section == "router" else name
+        changed += [(f"{shown} = {value}", best.but(**{section: {name: value}})) for value in values]
+    wide = best.but(adapter={"top_k": 64}, active_rows={"cap": int(0.3 * scope.rows)})
+    changed += [("top_k = 64, cap = 30 %", wide), ("weight_decay = 0.1", best.but(weight_decay=0.1))]
+    changed += [("dense, centered", comparison.best["dense"].but(variant={"center_inputs": True}))]
+    grid = [(label, trial.but(seed=seed)) for label, trial in changed for seed in scope.seeds]
+    return _entries(runner, "ablations", grid, "Ablations")
+
+
+_ABLATED = (
+    ("adapter", "center_inputs", (False,)),
+    ("adapter", "gate", ("sigmoid", "none")),
+    ("adapter", "experts_per_token", (2, 8, 16)),
+    ("adapter", "top_k", (8, 32, 128)),
+    ("adapter", "num_experts", (16, 32, 128, 256, 512)),
+    ("adapter", "init_keys", ("random",)),
+    ("variant", "key_order", ("alike", "random")),
+    ("variant", "router_init", ("random",)),
+    ("variant", "key_lr_scale", (0.1, 0.3)),
+    ("variant", "pick_dropout", (0.1, 0.3)),
+    ("router", "lr_scale", (0.01, 0.1, 0.3)),
+    ("router", "balance", ("loss", "bias")),
+    ("active_rows", "cap", (int(0.02 * ROWS), int(0.05 * ROWS))),
+    ("optimizer", "mode", ("dense_equivalent",)),
+)
+
+
+def _entries(runner: Runner, study: str, grid: list[tuple[str, Trial]], title: str) -> list[Entry]:
+    results = runner.run([trial for _, trial in grid], title)
+    return [Entry(study, label, result) for (label, _), result in zip(grid, results, strict=True)]

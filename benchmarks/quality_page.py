@@ -1,0 +1,154 @@
+"""Builds docs/quality.md from the CSVs that quality.py wrote: ``python benchmarks/quality_page.py``."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+
+from meft_engine.config import MeftConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "quality.md"
+NAMES = {
+    "meft": "MEFT, {size} rows",
+    "lora_16": "LoRA, rank {size}",
+    "lora_equal_bytes": "LoRA of as many bytes, rank {size}",
+    "dense": "dense adapter, {size} rows",
+}
+Line = dict[str, str]
+TEMPLATE = ROOT / "benchmarks" / "learning" / "page.md"
+
+
+def main() -> None:
+    """Write the page."""
+    lines = _read("quality_full.csv") or _read("quality.csv")
+    stem = "quality_full" if _read("quality_full.csv") else "quality"
+    counts = sorted({int(line["facts"]) for line in lines})
+    methods = []
+    for count in counts:
+        methods += [_methods([line for line in lines if int(line["facts"]) == count])]
+        methods += [_picture(stem if count == counts[0] else f"{stem}_{count}")]
+    few = [line for line in lines if int(line["facts"]) == counts[0]]
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.substitute(
+        methods="\n\n".join(methods),
+        sparsity=f"{_sparsity(few)}\n\n{_picture(f'{stem}_sparsity')}",
+        ablations=_ablations(few),
+    )
+    PAGE.write_text(text.rstrip() + "\n", encoding="utf-8")
+    print(PAGE.relative_to(ROOT))
+
+
+def _read(name: str) -> list[Line]:
+    path = RESULTS / name
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _picture(stem: str) -> str:
+    return f"![{stem.replace('_', ' ')}](../benchmarks/results/{stem}.png)"
+
+
+def _best(lines: Iterable[Line], method: str) -> list[Line]:
+    """The lines of a method's chosen learning rate: the one with the lowest loss on what was trained, on seed 0."""
+    own = [line for line in lines if line["study"] == "methods" and line["label"] == method]
+    first = min((line for line in own if line["seed"] == "0"), key=lambda line: float(line["trained_loss"]))
+    return [line for line in own if line["learning_rate"] == first["learning_rate"]]
+
+
+def _mean(lines: Sequence[Line], column: str) -> float:
+    return statistics.fmean(float(line[column]) for line in lines)
+
+
+def _with_spread(lines: Sequence[Line], column: str) -> str:
+    values = [float(line[column]) for line in lines]
+    return f"{statistics.fmean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+
+
+def _methods(lines: Sequence[Line]) -> str:
+    table = [
+        f"## {int(lines[0]['facts']):,} facts",
+        "",
+        "| | learning rate | exact match | second wording | perplexity | on the device | step, one core |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method, name in NAMES.items():
+        best = _best(lines, method)
+        settings = dict(part.split(" = ") for part in best[0]["settings"].split(", ") if " = " in part)
+        size = settings.get("rank") or settings.get("rows") or MeftConfig().adapter.rows
+        cells = [
+            name.format(size=size),
+            f"{float(best[0]['learning_rate']):g}",
+            _with_spread(best, "exact_match"),
+            _with_spread(best, "second_wording"),
+            f"{_mean(best, 'perplexity_before'):.1f} → {_mean(best, 'perplexity_after'):.1f}",
+            f"{_mean(best, 'device_mib'):.0f} MiB",
+            f"{_mean(best, 'seconds_per_step'):.2f} s",
+        ]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*table, "", "Means over three seeds, ± half the range."])
+
+
+def _sparsity(lines: Sequence[Line]) -> str:
+    table = [
+        "## How sparse it is",
+        "",
+        "Rows that are touched, by a micro-batch of questions and by 512 tokens of text (four such), without a cap.",
+        "",
+        "| | exact match | by questions, first → last epoch | by text, start → end (four) "
+        "| kept by a cap of 10 %, 30 % | shared, start → end |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups = {"defaults": _best(lines, "meft")}
+    for line in lines:
+        if line["study"] == "sparsity" or (line["study"] == "ablations" and "center" in line["label"]):
+            groups.setdefault(line["label"], []).append(line)
+    for label, group in groups.items():
+        if group[0]["method"] != "meft":
+            continue
+        table.append(
+            f"| {label} | {_with_spread(group, 'exact_match')} | {_mean(group, 'touched_first_epoch'):.1%} → "
+            f"{_mean(group, 'touched_last_epoch'):.1%} | {_mean(group, 'text_touched_start'):.1%} → "
+            f"{_mean(group, 'text_touched_end'):.1%} ({_mean(group, 'text_touched_window'):.1%}) | "
+            f"{_mean(group, 'text_kept_at_10pct'):.3f}, {_mean(group, 'text_kept_at_30pct'):.3f} | "
+            f"{_mean(group, 'text_shared_start'):.0%} → {_mean(group, 'text_shared_end'):.0%} |"
+        )
+    return "\n".join(table)
+
+
+def _ablations(lines: Sequence[Line]) -> str:
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        if line["study"] == "ablations":
+            groups.setdefault(line["label"], []).append(line)
+    if not groups:
+        return ""
+    groups = {"**defaults**": _best(lines, "meft"), **groups}
+    table = [
+        "## One thing changed at a time",
+        "",
+        "| | exact match | second wording | perplexity | touched by a micro-batch | dead experts | same fact | step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, group in groups.items():
+        sparse = group[0]["method"] == "meft"
+        touched, dead, same = (
+            f"{_mean(group, column):.1%}" if sparse else ""
+            for column in ("touched_last_epoch", "dead_experts", "same_fact")
+        )
+        table.append(
+            f"| {label} | {_with_spread(group, 'exact_match')} | {_with_spread(group, 'second_wording')} | "
+            f"{_mean(group, 'perplexity_after'):.1f} | {touched} | {dead} | {same} | "
+            f"{_mean(group, 'seconds_per_step'):.2f} s |"
+        )
+    return "\n".join(table)
+
+
+if __name__ == "__main__":
+    main()

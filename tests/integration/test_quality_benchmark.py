@@ -1,0 +1,197 @@
+"""What benchmarks/quality.py rests on: its data, how it examines, counts and chooses, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from learning import conduct, methods, runner, sparsity, tables, variants
+from learning.corpus import Passages
+from learning.plan import Comparison, Entry
+from learning.runner import Result, Runner
+from learning.top_layers import TopLayers
+from learning.trial import Trial
+
+from meft_kernels import sparse
+from tests.families import tiny_llama
+
+FIRST_LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    return str(folder)
+
+
+def passages_of(model: Any, ids: list[list[int]], learned: int) -> Passages:
+    """Passages whose last ``learned`` tokens are to be learned, with what the layers below FIRST_LAYER make of them."""
+    seen: list[torch.Tensor] = []
+    hook = model.model.layers[FIRST_LAYER].register_forward_pre_hook(lambda m, args: seen.append(args[0][0].detach()))
+    labels = []
+    for example in ids:
+        model(input_ids=torch.tensor([example]))
+        labels += [-100] * (len(example) - learned) + example[-learned:]
+    hook.remove()
+    ends = torch.tensor([len(example) for example in ids]).cumsum(0).tolist()
+    return Passages(torch.cat(seen), torch.tensor(labels), ends)
+
+
+def test_the_top_of_the_model_over_cached_states_is_the_model(model_folder):
+    whole = tiny_llama()
+    ids = [[5, 9, 3, 7, 11, 4], [8, 6, 12], [3, 3, 10, 5, 9, 6, 7, 4]]
+    top = TopLayers(model_folder, FIRST_LAYER)
+    batch = passages_of(whole, ids, 2).batch([2, 0, 1])
+    assert batch.attention_mask.sum(1).tolist() == [8, 6, 3]
+    logits, targets, owners = top.predictions(batch.hidden, batch.attention_mask, batch.labels)
+    assert owners.tolist() == [0, 0, 1, 1, 2, 2] and targets.tolist() == [7, 4, 11, 4, 6, 12]
+    expected = [whole(input_ids=torch.tensor([ids[i]])).logits[0, -3:-1] for i in (2, 0, 1)]
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_exact_match_by_one_forward_is_that_of_greedy_generation(model_folder):
+    whole, answer = tiny_llama().eval(), 2
+    prompts = [[5, 9, 3, 7], [8, 6, 12], [3, 10, 5, 9, 6], [4, 4, 8, 9]]
+    answers = [
+        whole.generate(torch.tensor([p]), max_new_tokens=answer, do_sample=False, eos_token_id=-1)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    answers[1][1] = (answers[1][1] + 1) % 30  # wrong at its end
+    answers[3][0] = (answers[3][0] + 1) % 30  # wrong at its beginning
+    passages = passages_of(whole, [p + a for p, a in zip(prompts, answers, strict=True)], answer)
+    found = conduct.examine(TopLayers(model_folder, FIRST_LAYER).eval(), passages)
+    assert found["exact_match"] == 0.5
+
+
+def test_the_mass_of_rows_counts_valid_picks_alone():
+    selection = sparse.Selection(
+        experts=torch.tensor([[0], [1]]),
+        active=torch.tensor([2, 5]),
+        picks=torch.tensor([[0, 1], [1, 0]]),
+        slots=torch.zeros(2, 2, dtype=torch.int64),
+        valid=torch.tensor([[True, True], [True, False]]),
+    )
+    mass = sparsity.mass_of_rows(selection, torch.tensor([[1.0, 2.0], [4.0, 8.0]]), 7)
+    assert mass.tolist() == [0, 0, 1, 0, 0, 6, 0]
+
+
+@pytest.mark.parametrize("groups", [1, 3, 6, 12])
+def test_keys_that_are_alike_are_put_together_in_groups_of_equal_size(groups):
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(groups, 16, generator=generator)
+    mixed = torch.randperm(24, generator=generator) % groups
+    keys = directions[mixed] + 0.01 * torch.randn(24, 16, generator=generator)
+    order = variants.alike(keys, groups, generator)
+    assert sorted(order.tolist()) == list(range(24))
+    if groups in (1, 24):
+        return
+    together = sum(len(set(group.tolist())) == 1 for group in mixed[order].view(groups, -1))
+    assert together >= groups - 2  # k-means may start with two centers in one cluster
+
+
+def result(method: str, match: float, perplexity: float, **trial: Any) -> Result:
+    return Result(Trial(method, **trial), {"trained_exact_match": match, "perplexity_after": perplexity})
+
+
+def test_loras_perplexity_at_equal_exact_match():
+    """Along the trials that none beats in both, straight lines; outside of them, the nearest."""
+    found = [(0.2, 30.0), (0.4, 50.0), (0.3, 90.0), (0.8, 130.0), (0.7, 400.0)]
+    entries = [Entry("methods", "lora", result("lora", *pair)) for pair in found]
+    entries.append(Entry("methods", "meft", result("meft", 0.9, 1.0)))
+    at = [tables.lora_perplexity_at(match, entries) for match in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.95)]
+    assert at == pytest.approx([30, 30, 40, 50, 90, 130, 130])
+
+
+def test_the_best_rate_has_one_result_for_each_seed():
+    rates = [Entry("methods", "lora", result("lora", 0.1, 1, learning_rate=rate)) for rate in (1e-3, 2e-3)]
+    more = [Entry("methods", "lora", result("lora", 0.1, 1, learning_rate=2e-3, seed=seed)) for seed in (1, 2)]
+    found = Comparison(rates + more, {"lora": rates[1].result.trial}).results("lora")
+    assert [r.trial.seed for r in found] == [0, 1, 2]
+
+
+def test_settings_tell_trials_apart():
+    trial = Trial("meft", adapter={"top_k": 4})
+    changed = trial.but(adapter={"rows": 64}, router={"lr_scale": 0.1}, seed=3)
+    assert changed.adapter == {"top_k": 4, "rows": 64} and trial.adapter == {"top_k": 4}
+    assert changed.settings == "top_k = 4, rows = 64, router.lr_scale = 0.1"
+    assert changed.block["adapter"] == {"top_k": 4, "rows": 64, "seed": 3}
+    assert len({trial.key, changed.key, trial.but(seed=1).key, trial.but(facts=7).key}) == 4
+    assert Trial(**json.loads(json.dumps(asdict(changed)))).key == changed.key
+
+
+def test_lora_gets_the_rank_that_fills_the_bytes(model_folder):
+    layers = TopLayers(model_folder, FIRST_LAYER).model.layers
+    per_rank = sum(
+        sum(module.weight.shape)
+        for name, module in layers.named_modules()
+        if name.split(".")[-1] in methods.LORA_MODULES
+    )
+    assert methods.lora_rank_of_bytes(16 * per_rank * 5.2, layers) == 5
+    assert methods.lora_rank_of_bytes(1, layers) == 1
+
+
+class Counting(Runner):
+    """Conducts trials in its own process, with whatever comes to mind."""
+
+    def _conduct(self, trials: list[Trial], title: str) -> None:
+        for trial in trials:
+            if trial.seed == 13:
+                raise RuntimeError("interrupted")
+            self.conducted = [*getattr(self, "conducted", []), trial.seed]
+            self._keep(trial, {"seed": trial.seed})
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trials = [Trial("meft", seed=seed) for seed in (1, 2, 13, 3)]
+    first = Counting("model", 0, tmp_path, cores=[0])
+    with pytest.raises(RuntimeError):
+        first.run(trials, "")
+    second = Counting("model", 0, tmp_path, cores=[0])
+    wanted = [trial for trial in trials if trial.seed != 13]
+    assert [r["seed"] for r in second.run([*wanted, wanted[0]], "")] == [1, 2, 3, 1]
+    assert first.conducted == [1, 2] and second.conducted == [3]
+
+    monkeypatch.setattr(runner, "_digest_of_sources", lambda: "other code")
+    third = Counting("model", 0, tmp_path, cores=[0])
+    third.run(wanted, "")
+    assert third.conducted == [1, 2, 3]
+    monkeypatch.setattr(runner, "_digest_of_sources", lambda: "still other code")
+    fourth = Counting("model", 0, tmp_path, cores=[0], any_code=True)
+    fourth.run(wanted, "")
+    assert not hasattr(fourth, "conducted")
+
+
+def test_methods_learn_through_one_loop(model_folder, tmp_path, monkeypatch):
+    """Each method, conducted whole on a tiny model and few passages: losses fall, and what has to be found is."""
+    whole = tiny_llama()
+    generator = torch.Generator().manual_seed(3)
+    draw = [torch.randint(3, 30, (6,), generator=generator).tolist() for _ in range(9)]
+    facts = passages_of(whole, draw, 2)
+    text = passages_of(whole, [[5, 8, 9, 20, 4, 6, 7, 9]] * 2, 8)
+    monkeypatch.setattr(
+        conduct, "_loaded", lambda path: SimpleNamespace(trained=facts, second_wording=facts, text=text)
+    )
+    conduct._perplexity_before.cache_clear()
+    common = {"facts": 9, "batch_size": 4, "epochs": 12, "learning_rate": 2e-2}
+    trials = [
+        Trial("meft", **common, adapter={"rows": 40, "num_experts": 10, "experts_per_token": 3, "top_k": 6}),
+        Trial("lora", **common, rank=4),
+        Trial("dense", **common, rows=40, variant={"center_inputs": True}),
+    ]
+    for trial in trials:
+        found = conduct.conduct(trial, tmp_path / "corpus", model_folder, FIRST_LAYER)
+        assert len(found["losses"]) == 12 * 3 and found["loss"] < 0.7 * found["losses"][0]
+        assert found["perplexity_before"] != found["perplexity_after"] and found["device_bytes"] > 0
+        line = tables.row(Entry("methods", trial.method, Result(trial, found)))
+        assert set(line) <= set(tables.COLUMNS)
+        if trial.method == "meft":
+            assert set(line) == set(tables.COLUMNS)
+            assert 0 < found["touched_by_epoch"][-1] < 1 and 0 < found["same_fact"] <= 1.0 + 1e-6
+            assert found["text_kept_by_cap"]["0.3"] <= 1 + 1e-9
+    conduct._perplexity_before.cache_clear()
