@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -120,6 +121,8 @@ def one_line(result: Result) -> str:
 
 def _settle(free_cores: Any) -> None:
     """Make this process one of one core; before torch is imported, whose threads would keep what they began with."""
+    # A worker would outlive a run that is killed, go on with its trial, and then wait forever.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     core = free_cores.get()
     os.sched_setaffinity(0, {core})
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
@@ -140,6 +143,11 @@ def _settle(free_cores: Any) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _conduct_one(trial: Trial, corpus_file: Path, model: str, first_layer: int) -> dict[str, Any]:

@@ -133,8 +133,8 @@ def test_a_checkpoint_of_another_format_is_refused(saved, engines, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(saved[0], folder)
     described = folder / TAG / "meft" / "adapter_config.json"
-    described.write_text(described.read_text().replace('"format": 3', '"format": 99'))
-    refuse(engines[0], folder, MeftConfigError, "format = 99", "reads 3")
+    described.write_text(described.read_text().replace('"format": 4', '"format": 99'))
+    refuse(engines[0], folder, MeftConfigError, "format = 99", "reads 4")
     model = tiny_llama()
     with pytest.raises(MeftConfigError, match="format = 99"):
         load_adapter(model, folder)

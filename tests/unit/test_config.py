@@ -13,13 +13,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from meft_engine import config as config_module
-from meft_engine.config import MeftConfig, MeftConfigError, find_block, nearest_divisor_to_sqrt
+from meft_engine.config import MeftConfig, MeftConfigError, derived_num_experts, find_block
 from meft_engine.cores import rank_cores
 
 # The defaults of DESIGN.md's block, for the fields whose code exists.
 DESIGNED = json.loads("""{
   "enabled": true,
-  "adapter": { "rows": 8192, "num_experts": null, "experts_per_token": 4, "top_k": 16, "gate": "softmax",
+  "adapter": { "rows": 8192, "num_experts": null, "experts_per_token": 8, "top_k": 16, "gate": "softmax",
                "target_modules": null, "layers_to_transform": null, "init_keys": "ffn",
                "center_inputs": true, "freeze_base": true, "seed": 42 },
   "router": { "lr_scale": 1.0, "balance": "none", "balance_coef": 0.01, "z_loss_coef": 0.0 },
@@ -74,8 +74,8 @@ BAD = {
         ["adapter.experts_per_token", "4", "from 1 to 3"],
     ),
     "the same, derived": (
-        {"adapter": {"rows": 13}},
-        ["adapter.experts_per_token", "4", "derived from adapter.rows = 13", "from 1 to 1"],
+        {"adapter": {"rows": 7, "top_k": 1}},
+        ["adapter.experts_per_token", "8", "derived from adapter.rows = 7", "from 1 to 7"],
     ),
     "softmax over one expert": (
         {"adapter": {"experts_per_token": 1}},
@@ -184,15 +184,21 @@ def test_rows_that_experts_do_not_divide(rows, experts):
     assert offered == below[-1:] + above[:1]
 
 
-def test_experts_are_the_divisor_nearest_to_the_root():
-    for rows in range(1, 800):
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_experts_are_the_divisor_nearest_to_where_routing_is_cheapest(n):
+    for rows in range(1, 400):
         divisors = [d for d in range(1, rows + 1) if rows % d == 0]
-        # |d - √rows| without rounding: below the root, the largest is nearest; above it, the smallest.
-        below = max(d for d in divisors if d * d <= rows)
-        above = min(d for d in divisors if d * d >= rows)
-        # below + above ≥ 2 √rows, since below · above = rows: the one below is never farther.
-        assert below * above == rows and nearest_divisor_to_sqrt(rows) == below
-    assert nearest_divisor_to_sqrt(8192) == 64 and nearest_divisor_to_sqrt(2**31 - 1) == 1
+        allowed = [d for d in divisors if d >= n] or divisors
+        chosen = derived_num_experts(rows, n)
+        assert chosen in allowed
+        nearest = min(abs(d - math.sqrt(n * rows / 2)) for d in allowed)
+        assert abs(chosen - math.sqrt(n * rows / 2)) == pytest.approx(nearest)
+
+
+def test_derived_experts_of_usual_sizes():
+    assert [derived_num_experts(rows, 8) for rows in (1024, 4096, 8192, 16384, 65536)] == [64, 128, 128, 256, 512]
+    assert derived_num_experts(8192, 4) == 128 and derived_num_experts(2**31 - 1, 1) == 1
+    assert derived_num_experts(10, 8) == 10  # 5 is nearer, but less than a token's experts
 
 
 def test_defaults_are_the_designed_ones():
@@ -216,7 +222,8 @@ def test_resolved_values_go_through_json_and_back(block):
     again = MeftConfig.from_block(json.loads(json.dumps(resolved)))
     assert again.resolved() == resolved
     assert resolved["active_rows"]["cap"] == block.get("active_rows", {}).get("cap", resolved["adapter"]["rows"])
-    assert resolved["adapter"]["num_experts"] == nearest_divisor_to_sqrt(resolved["adapter"]["rows"])
+    shape = resolved["adapter"]
+    assert shape["num_experts"] == derived_num_experts(shape["rows"], shape["experts_per_token"])
     threads = block.get("optimizer", {}).get("num_threads")
     assert resolved["optimizer"]["num_threads"] == (threads or len(rank_cores())) >= 1
     for section, given_values in block.items():

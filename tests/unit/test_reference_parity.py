@@ -37,6 +37,7 @@ class Case:
     gate: str
     cap: int | None = None
     real: Tensor | None = None
+    center: Tensor | None = None
 
     def reference(self, **replaced) -> tuple[Tensor, reference.ReferenceSelection]:
         case = replace(self, **replaced)
@@ -50,6 +51,7 @@ class Case:
             gate=case.gate,
             cap=case.cap,
             real=case.real,
+            center=case.center,
         )
 
 
@@ -74,6 +76,8 @@ def exact_cases(draw, smallest_cap_is_k: bool = False, max_surplus: int = 3) -> 
     spread, seed = draw(st.sampled_from([1, 2]), "spread"), draw(st.integers(0, 10**6), "seed")
     lowest = min(k, experts * size) if smallest_cap_is_k else 1
     cap = draw(st.none() | st.integers(lowest, experts * size), "cap") if kind != "softmax" else None
+    center = whole(seed + 4, spread, width)
+    centered = draw(st.booleans(), "centered") and bool(center.any())
     return Case(
         h=whole(seed, spread, tokens, width),
         keys=whole(seed + 1, spread, experts * size, width),
@@ -83,15 +87,17 @@ def exact_cases(draw, smallest_cap_is_k: bool = False, max_surplus: int = 3) -> 
         k=k,
         gate=kind,
         cap=cap,
+        center=center if centered else None,
     )
 
 
 def run_kernels(case: Case) -> tuple[Tensor, sparse.Selection, sparse.Overflow]:
     """Output, selection and what the cap did, by the functions of `kernels/sparse.py` alone."""
-    logits = case.h @ case.router.T
+    h = case.h if case.center is None else case.h - case.center
+    logits = h @ case.router.T
     experts = sparse.route(logits, case.n)
     gates = gate(logits.gather(1, experts), case.gate)
-    scores = sparse.score_experts(case.h, case.keys, experts, case.router.shape[0])
+    scores = sparse.score_experts(h, case.keys, experts, case.router.shape[0])
     rows = case.keys.shape[0]
     selection, raw, overflow = sparse.select(logits, experts, gates, scores, rows=rows, top_k=case.k, cap=case.cap)
     picked_gates = torch.where(selection.valid, gates.gather(1, selection.slots), 0)
@@ -192,6 +198,7 @@ def build(case: Case, compute_dtype: torch.dtype = torch.float32, on_overflow: s
                 "experts_per_token": case.n,
                 "top_k": case.k,
                 "gate": case.gate,
+                "center_inputs": case.center is not None,
             },
             "active_rows": {"cap": case.cap, "on_overflow": on_overflow},
         }
@@ -204,6 +211,8 @@ def build(case: Case, compute_dtype: torch.dtype = torch.float32, on_overflow: s
     tables[0].fill(case.keys)
     tables[1].fill(case.values)
     stack.adapter = SparseAdapter("layer", config, case.router.clone(), *tables, CallTracker(stack))
+    if case.center is not None:
+        stack.adapter.set_center(case.center)
     return stack.train()
 
 
