@@ -48,11 +48,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def figures(few: plan.Comparison, extra: list[plan.Entry], many: plan.Comparison | None) -> dict[str, float]:
+def figures(few: plan.Comparison, sparse: plan.Comparison, many: plan.Comparison | None) -> dict[str, float]:
     """The figures that have targets."""
     methods = tables.by_method(few)
     meft = methods["meft"]
-    wide = [e.result["trained_exact_match"] for e in extra if e.label == "top_k = 64"]
+    wide = [result["trained_exact_match"] for result in sparse.results("top_k = 64")]
     lora = tables.lora_perplexity_at(meft["exact_match"], few.entries)
     found = {
         "second_wording_over_lora_16": meft["second_wording"] - methods["lora_16"]["second_wording"],
@@ -121,23 +121,24 @@ def main() -> int:
     runner = Runner(model, FIRST_LAYER, args.work, any_code=args.any_code)
     scope = plan.QUICK if args.quick else plan.Scope(Trial("meft", facts=args.facts))
     few = plan.compare(runner, scope, model, FIRST_LAYER)
-    extra = plan.sparsity(runner, scope, few) + plan.sizes(runner, scope, few)
+    sparse = plan.sparsity(runner, scope, few)
+    sized = plan.sizes(runner, scope, few)
     many, ablated = None, []
     if args.full:
         many = plan.compare(runner, replace(scope, trial=Trial("meft", facts=MANY)), model, FIRST_LAYER)
         ablated = plan.ablations(runner, scope, few)
 
-    found = {} if args.quick else figures(few, extra, many)
+    found = {} if args.quick else figures(few, sparse, many)
     out = args.work / "quick" if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
     stem = "quality_full" if args.full else "quality"
-    entries = few.entries + extra + (many.entries if many else []) + ablated
+    entries = few.entries + sparse.entries + sized + (many.entries if many else []) + ablated
     tables.write(out / f"{stem}.csv", entries)
     tables.write_losses(out / f"{stem}_losses.csv", many or few)
-    plots.draw_methods(out / f"{stem}.png", few, extra)
+    plots.draw_methods(out / f"{stem}.png", few, sized)
     if many:
         plots.draw_methods(out / f"{stem}_{MANY}.png", many, [])
-    plots.draw_sparsity(out / f"{stem}_sparsity.png", entries)
+    plots.draw_sparsity(out / f"{stem}_sparsity.png", few.chosen() + sparse.chosen() + ablated)
     show(tables.by_method(few), scope.trial.facts)
     if many:
         show(tables.by_method(many), MANY)

@@ -55,9 +55,9 @@ def _picture(stem: str) -> str:
     return f"![{stem.replace('_', ' ')}](../benchmarks/results/{stem}.png)"
 
 
-def _best(lines: Iterable[Line], method: str) -> list[Line]:
-    """The lines of a method's chosen learning rate: the one with the lowest loss on what was trained, on seed 0."""
-    own = [line for line in lines if line["study"] == "methods" and line["label"] == method]
+def _best(lines: Iterable[Line], label: str, study: str = "methods") -> list[Line]:
+    """The lines with the chosen learning rate: the one with the lowest loss on what was trained, on seed 0."""
+    own = [line for line in lines if line["study"] == study and line["label"] == label]
     first = min((line for line in own if line["seed"] == "0"), key=lambda line: float(line["trained_loss"]))
     return [line for line in own if line["learning_rate"] == first["learning_rate"]]
 
@@ -108,7 +108,7 @@ def _sparsity(lines: Sequence[Line]) -> str:
     groups = {"defaults": _best(lines, "meft")}
     for line in lines:
         if line["study"] == "sparsity" or (line["study"] == "ablations" and "center" in line["label"]):
-            groups.setdefault(line["label"], []).append(line)
+            groups[line["label"]] = _best(lines, line["label"], line["study"])
     for label, group in groups.items():
         if group[0]["method"] != "meft":
             continue

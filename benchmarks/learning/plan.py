@@ -35,7 +35,10 @@ class Scope:
     meft_sizes: tuple[int, ...] = (64, 256, 1024, 4096)
     dense_sizes: tuple[int, ...] = (64, 256, 1024, 4096)
     lora_sizes: tuple[int, ...] = (4, 64)
-    top_ks: tuple[int, ...] = (4, 64)
+    top_ks: Mapping[int, tuple[float, ...]] = field(
+        default_factory=lambda: {4: (2e-2,), 32: (1e-2, 2e-2), 64: (5e-3, 1e-2, 2e-2)}
+    )
+    """With the learning rates of each."""
     caps: tuple[float, ...] = (0.03,)
     """Shares of the rows."""
 
@@ -48,7 +51,7 @@ QUICK = Scope(
     meft_sizes=(16,),
     dense_sizes=(),
     lora_sizes=(),
-    top_ks=(4,),
+    top_ks={4: (2e-2,)},
     caps=(0.5,),
 )
 """Whether everything runs."""
@@ -65,41 +68,53 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All results of the methods, and the trial with the learning rate that each does best with."""
+    """All results of some candidates, and the trial with the learning rate that each does best with."""
 
     entries: list[Entry]
     best: Mapping[str, Trial]
 
-    def results(self, method: str) -> list[Result]:
+    def results(self, label: str) -> list[Result]:
         """Those with the best learning rate, one for each seed."""
-        rate = self.best[method].learning_rate
-        return [e.result for e in self.entries if e.label == method and e.result.trial.learning_rate == rate]
+        return [entry.result for entry in self.chosen() if entry.label == label]
+
+    def chosen(self) -> list[Entry]:
+        """Those with the best learning rates."""
+        return [e for e in self.entries if e.result.trial.learning_rate == self.best[e.label].learning_rate]
+
+    def __add__(self, other: Comparison) -> Comparison:
+        return Comparison(self.entries + other.entries, {**self.best, **other.best})
 
 
 def compare(runner: Runner, scope: Scope, model: str, first_layer: int) -> Comparison:
-    """Every method with its learning rates; then, with the best of them, the other seeds.
+    """The methods, each with its best learning rate.
 
-    The best rate is the one with the lowest loss on what was trained, after training: the second wording has no say.
     LoRA's second rank is the one at which it holds as many bytes on the device as MEFT does.
     """
-    common = scope.trial
+    common, rates = scope.trial, scope.rates
     lora = replace(common, method="lora", rank=LORA_RANK, adapter={})
-    found = _search(runner, scope, {"meft": common, "lora_16": lora})
+    first = _tuned(runner, scope, "methods", {"meft": (common, rates["meft"]), "lora_16": (lora, rates["lora_16"])})
     layers = TopLayers(model, first_layer).model.layers
-    rank = methods.lora_rank_of_bytes(found["meft"][0]["device_bytes"], layers)
+    rank = methods.lora_rank_of_bytes(first.results("meft")[0]["device_bytes"], layers)
     dense = replace(common, method="dense", rows=scope.rows, adapter={})
-    found |= _search(runner, scope, {"lora_equal_bytes": lora.but(rank=rank), "dense": dense})
-
-    best = {name: min(results, key=lambda result: result["trained_loss"]).trial for name, results in found.items()}
-    grid = [(name, trial.but(seed=seed)) for name, trial in best.items() for seed in scope.seeds[1:]]
-    entries = [Entry("methods", name, result) for name, results in found.items() for result in results]
-    return Comparison(entries + _entries(runner, "methods", grid, "Methods, other seeds"), best)
+    rest = {"lora_equal_bytes": (lora.but(rank=rank), rates["lora_equal_bytes"]), "dense": (dense, rates["dense"])}
+    return first + _tuned(runner, scope, "methods", rest)
 
 
-def _search(runner: Runner, scope: Scope, trials: Mapping[str, Trial]) -> dict[str, list[Result]]:
-    grid = [(name, trial.but(learning_rate=rate)) for name, trial in trials.items() for rate in scope.rates[name]]
-    entries = _entries(runner, "methods", grid, "Methods, learning rates")
-    return {name: [entry.result for entry in entries if entry.label == name] for name in trials}
+def _tuned(
+    runner: Runner, scope: Scope, study: str, candidates: Mapping[str, tuple[Trial, tuple[float, ...]]]
+) -> Comparison:
+    """Every candidate with its learning rates; then, with the best of them, the other seeds.
+
+    The best rate is the one with the lowest loss on what was trained, after training: the second wording has no say.
+    """
+    grid = [(name, trial.but(learning_rate=rate)) for name, (trial, rates) in candidates.items() for rate in rates]
+    entries = _entries(runner, study, grid, f"{study.capitalize()}, learning rates")
+    best = {
+        name: min((e.result for e in entries if e.label == name), key=lambda result: result["trained_loss"]).trial
+        for name in candidates
+    }
+    more = [(name, trial.but(seed=seed)) for name, trial in best.items() for seed in scope.seeds[1:]]
+    return Comparison(entries + _entries(runner, study, more, f"{study.capitalize()}, other seeds"), best)
 
 
 def sizes(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
@@ -111,12 +126,15 @@ def sizes(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
     return _entries(runner, "sizes", grid, "Sizes")
 
 
-def sparsity(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
-    """What few rows cost: other top-K, with all seeds, and caps that bind."""
-    best = comparison.best["meft"]
-    grid = [(f"top_k = {k}", best.but(adapter={"top_k": k}, seed=s)) for k in scope.top_ks for s in scope.seeds]
-    grid += [(f"cap = {share:.0%}", best.but(active_rows={"cap": int(share * scope.rows)})) for share in scope.caps]
-    return _entries(runner, "sparsity", grid, "Sparsity")
+def sparsity(runner: Runner, scope: Scope, comparison: Comparison) -> Comparison:
+    """What few rows cost: other top-K, each with its best learning rate, and caps that bind."""
+    base, best = scope.trial, comparison.best["meft"]
+    top_ks = {f"top_k = {k}": (base.but(adapter={"top_k": k}), rates) for k, rates in scope.top_ks.items()}
+    caps = {
+        f"cap = {share:.0%}": (best.but(active_rows={"cap": int(share * scope.rows)}), (best.learning_rate,))
+        for share in scope.caps
+    }
+    return _tuned(runner, scope, "sparsity", {**top_ks, **caps})
 
 
 def ablations(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
@@ -137,7 +155,7 @@ _ABLATED = (
     ("adapter", "center_inputs", (False,)),
     ("adapter", "gate", ("sigmoid", "none")),
     ("adapter", "experts_per_token", (2, 8, 16)),
-    ("adapter", "top_k", (8, 32, 128)),
+    ("adapter", "top_k", (8, 128)),
     ("adapter", "num_experts", (16, 32, 128, 256, 512)),
     ("adapter", "init_keys", ("random",)),
     ("variant", "key_order", ("alike", "random")),

@@ -51,16 +51,17 @@ def draw_methods(path: Path, comparison: Comparison, sized: Iterable[Entry]) -> 
 
 
 def draw_sparsity(path: Path, entries: Sequence[Entry]) -> None:
-    """Exact match against touched rows, kept mass against the cap, and touched rows while training goes on."""
+    """Exact match against touched rows, kept mass against the cap, and touched rows while training goes on.
+
+    Args:
+        entries: with the learning rates that were chosen.
+    """
     _style()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
     meft = [e for e in entries if e.result.trial.method == "meft"]
-    facts = min(e.result.trial.facts for e in meft)
-    rate = max(e.result.trial.learning_rate for e in meft if e.study == "sparsity")
-    meft = [e for e in meft if (e.result.trial.facts, e.result.trial.learning_rate) == (facts, rate)]
-    _front(left, [e for e in meft if e.study in ("methods", "sparsity", "ablations")])
-    shown = [e for e in meft if e.study == "sparsity" and "top_k" in e.label and e.result.trial.seed == 0]
-    shown += [e for e in meft if e.study == "methods" and e.result.trial.seed == 0][:1]
+    _front(left, meft)
+    first = [e for e in meft if e.result.trial.seed == 0]
+    shown = [e for e in first if e.study == "methods" or (e.study == "sparsity" and "top_k" in e.label)]
     for entry in sorted(shown, key=_top_k):
         label = f"K = {_top_k(entry)}"
         kept = [entry.result["text_kept_by_cap"][str(cap)] for cap in CAPS]

@@ -22,8 +22,12 @@ from learning.trial import Trial
 from meft_engine.cores import rank_cores
 
 _ROOT = Path(__file__).resolve().parents[2]
-# What a trial's result depends on besides its settings.
-_SOURCES = ("meft_engine", "kernels", "benchmarks/learning", "launch")
+# What a trial's result depends on besides its settings: files, and folders with all that is in them.
+_SOURCES = (
+    *("meft_engine", "kernels", "launch/collator.py", "launch/facts.py", "launch/formats.py"),
+    *(f"benchmarks/learning/{name}.py" for name in ("conduct", "corpus", "methods", "sparsity", "top_layers", "trial")),
+    *("benchmarks/learning/variants.py", "benchmarks/learning/text.txt"),
+)
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,9 @@ def _conduct_one(trial: Trial, corpus_file: Path, model: str, first_layer: int) 
 
 def _digest_of_sources() -> str:
     digest = hashlib.sha256()
-    for folder in _SOURCES:
-        for path in sorted((_ROOT / folder).rglob("*")):
+    for source in _SOURCES:
+        place = _ROOT / source
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.suffix in {".py", ".cpp", ".h", ".txt"}:
                 digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

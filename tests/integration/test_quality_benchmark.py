@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import quality
+import quality_page
 import torch
 from learning import conduct, methods, runner, sparsity, tables, variants
 from learning.corpus import Passages
@@ -195,3 +200,56 @@ def test_methods_learn_through_one_loop(model_folder, tmp_path, monkeypatch):
             assert 0 < found["touched_by_epoch"][-1] < 1 and 0 < found["same_fact"] <= 1.0 + 1e-6
             assert found["text_kept_by_cap"]["0.3"] <= 1 + 1e-9
     conduct._perplexity_before.cache_clear()
+
+
+class Inventing(Runner):
+    """Finds what a formula says, so that a whole plan takes no time."""
+
+    def _conduct(self, trials: list[Trial], title: str) -> None:
+        for trial in trials:
+            best = {"meft": 2e-2, "lora": 8e-3 if trial.rank == 16 else 3e-3, "dense": 1e-3}[trial.method]
+            off = abs(math.log(trial.learning_rate / best))
+            found = {
+                **{
+                    "losses": [2.0, 1.0 + off],
+                    "loss": 1.0 + off,
+                    "trained_loss": 0.5 + off,
+                    "second_wording_loss": 1.0,
+                },
+                **{"seconds": 2.0, "seconds_per_step": 1.0, "device_bytes": 10**8, "wall_seconds": 1.0},
+                **{"trained_exact_match": 0.9 - off / 9, "second_wording_exact_match": 0.6 - trial.seed / 100},
+                **{"perplexity_before": 26.0, "perplexity_after": 30.0 if trial.method == "meft" else 90.0},
+            }
+            if trial.method == "meft":
+                over = {"touched": 0.2, "touched_window": 0.3, "kept_by_cap": {str(cap): 0.99 for cap in sparsity.CAPS}}
+                found |= {f"{when}_{name}": value for when in ("text", "start_text") for name, value in over.items()}
+                found |= {"text_shared": 0.4, "start_text_shared": 0.3, "same_fact": 0.8, "other_fact": 0.5}
+                found |= {f"{name}_by_epoch": [0.5, 0.1] for name in ("touched", "kept_mass", "dead_experts")}
+            self._keep(trial, found)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--full"]])
+def test_the_whole_benchmark_ends_in_files_a_page_and_one_line(arguments, model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "Runner", Inventing)
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--model", model_folder, "--work", str(tmp_path), *arguments])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--out", str(tmp_path / "results")])
+    monkeypatch.setattr(quality, "FIRST_LAYER", FIRST_LAYER)
+    assert quality.main() == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last["meft"]["learning_rate"] == 2e-2 and last["lora_16"]["learning_rate"] == 8e-3
+    assert last["meft"]["second_wording"] == pytest.approx(0.59) and last["meft"]["second_wording_spread"] == 0.01
+    assert last["lora_equal_bytes"]["rank"] > 16
+    figures = last["figures"]
+    assert figures["perplexity_rise_over_lora"] == pytest.approx(4 / 64) and figures["text_touched"] == 0.2
+    assert figures["kept_mass"] == 0.1 and "kept_mass" in last["missed"]
+    assert ("second_wording_over_equal_bytes_1500" in figures) == bool(arguments)
+
+    monkeypatch.setattr(quality_page, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(quality_page, "ROOT", tmp_path)
+    monkeypatch.setattr(quality_page, "PAGE", tmp_path / "page.md")
+    quality_page.main()
+    page = (tmp_path / "page.md").read_text()
+    assert "| MEFT, 8192 rows | 0.02 | 0.900 ± 0.000 | 0.590 ± 0.010 |" in page and "$" not in page
+    assert ("## 1,500 facts" in page) == ("| gate = none |" in page) == bool(arguments)
+    for picture in re.findall(r"results/(\S+\.png)", page):
+        assert (tmp_path / "results" / picture).is_file()
