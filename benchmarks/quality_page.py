@@ -27,17 +27,18 @@ def main() -> None:
     """Write the page."""
     lines = _read("quality_full.csv") or _read("quality.csv")
     stem = "quality_full" if _read("quality_full.csv") else "quality"
-    counts = sorted({int(line["facts"]) for line in lines})
+    compared = list(dict.fromkeys(line["facts"] for line in lines if line["study"] == "methods"))
     methods = []
-    for count in counts:
-        methods += [_methods([line for line in lines if int(line["facts"]) == count])]
-        methods += [_picture(stem if count == counts[0] else f"{stem}_{count}")]
-    few = [line for line in lines if int(line["facts"]) == counts[0]]
+    for facts in compared:
+        methods += [_methods([line for line in lines if line["facts"] == facts])]
+        methods += [_picture(stem if facts == compared[0] else f"{stem}_{facts}")]
+    few = [line for line in lines if line["facts"] == compared[0]]
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     text = template.substitute(
         methods="\n\n".join(methods),
         sparsity=f"{_sparsity(few)}\n\n{_picture(f'{stem}_sparsity')}",
-        ablations=_ablations(few),
+        sizes=_sizes(few),
+        ablations=_ablations(lines),
     )
     PAGE.write_text(text.rstrip() + "\n", encoding="utf-8")
     print(PAGE.relative_to(ROOT))
@@ -58,6 +59,8 @@ def _picture(stem: str) -> str:
 def _best(lines: Iterable[Line], label: str, study: str = "methods") -> list[Line]:
     """The lines with the chosen learning rate: the one with the lowest loss on what was trained, on seed 0."""
     own = [line for line in lines if line["study"] == study and line["label"] == label]
+    if not own:
+        return []
     first = min((line for line in own if line["seed"] == "0"), key=lambda line: float(line["trained_loss"]))
     return [line for line in own if line["learning_rate"] == first["learning_rate"]]
 
@@ -71,6 +74,33 @@ def _with_spread(lines: Sequence[Line], column: str) -> str:
     return f"{statistics.fmean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
 
 
+def _apart(one: Sequence[Line], other: Sequence[Line], column: str) -> bool:
+    """Whether the means of two groups are farther apart than half their ranges together."""
+    spans = [[float(line[column]) for line in group] for group in (one, other)]
+    half_ranges = sum(max(span) - min(span) for span in spans) / 2
+    return abs(statistics.fmean(spans[0]) - statistics.fmean(spans[1])) > half_ranges
+
+
+def _sizes(lines: Sequence[Line]) -> str:
+    table = [
+        "## Exact match against size",
+        "",
+        "| | exact match | second wording | perplexity | on the device | touched by a micro-batch, by text |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        if line["study"] == "sizes":
+            share = ""
+            if line["method"] == "meft":
+                share = f"{float(line['touched_last_epoch']):.1%}, {float(line['text_touched_end']):.1%}"
+            table.append(
+                f"| {line['label']}, {line['settings']} | {float(line['exact_match']):.3f} | "
+                f"{float(line['second_wording']):.3f} | {float(line['perplexity_after']):.1f} | "
+                f"{float(line['device_mib']):.0f} MiB | {share} |"
+            )
+    return "\n".join(table)
+
+
 def _methods(lines: Sequence[Line]) -> str:
     table = [
         f"## {int(lines[0]['facts']):,} facts",
@@ -80,6 +110,8 @@ def _methods(lines: Sequence[Line]) -> str:
     ]
     for method, name in NAMES.items():
         best = _best(lines, method)
+        if not best:
+            continue
         settings = dict(part.split(" = ") for part in best[0]["settings"].split(", ") if " = " in part)
         size = settings.get("rank") or settings.get("rows") or MeftConfig().adapter.rows
         cells = [
@@ -129,9 +161,12 @@ def _ablations(lines: Sequence[Line]) -> str:
             groups.setdefault(line["label"], []).append(line)
     if not groups:
         return ""
-    groups = {"**defaults**": _best(lines, "meft"), **groups}
+    defaults = groups["defaults"]
+    facts = defaults[0]["facts"]
     table = [
         "## One thing changed at a time",
+        "",
+        f"{facts} facts, three seeds. What is **bold** differs from the defaults by more than both spreads together.",
         "",
         "| | exact match | second wording | perplexity | touched by a micro-batch | dead experts | same fact | step |",
         "|---|---|---|---|---|---|---|---|",
@@ -142,10 +177,13 @@ def _ablations(lines: Sequence[Line]) -> str:
             f"{_mean(group, column):.1%}" if sparse else ""
             for column in ("touched_last_epoch", "dead_experts", "same_fact")
         )
+        matches = [
+            f"**{_with_spread(group, column)}**" if _apart(group, defaults, column) else _with_spread(group, column)
+            for column in ("exact_match", "second_wording")
+        ]
         table.append(
-            f"| {label} | {_with_spread(group, 'exact_match')} | {_with_spread(group, 'second_wording')} | "
-            f"{_mean(group, 'perplexity_after'):.1f} | {touched} | {dead} | {same} | "
-            f"{_mean(group, 'seconds_per_step'):.2f} s |"
+            f"| {label} | {' | '.join(matches)} | {_mean(group, 'perplexity_after'):.1f} | {touched} | {dead} "
+            f"| {same} | {_mean(group, 'seconds_per_step'):.2f} s |"
         )
     return "\n".join(table)
 

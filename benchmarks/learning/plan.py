@@ -86,7 +86,7 @@ class Comparison:
 
 
 def compare(runner: Runner, scope: Scope, model: str, first_layer: int) -> Comparison:
-    """The methods, each with its best learning rate.
+    """The methods that have learning rates, each with its best.
 
     LoRA's second rank is the one at which it holds as many bytes on the device as MEFT does.
     """
@@ -96,8 +96,9 @@ def compare(runner: Runner, scope: Scope, model: str, first_layer: int) -> Compa
     layers = TopLayers(model, first_layer).model.layers
     rank = methods.lora_rank_of_bytes(first.results("meft")[0]["device_bytes"], layers)
     dense = replace(common, method="dense", rows=scope.rows, adapter={})
-    rest = {"lora_equal_bytes": (lora.but(rank=rank), rates["lora_equal_bytes"]), "dense": (dense, rates["dense"])}
-    return first + _tuned(runner, scope, "methods", rest)
+    rest = {"lora_equal_bytes": lora.but(rank=rank), "dense": dense}
+    tuned = {name: (trial, rates[name]) for name, trial in rest.items() if name in rates}
+    return first + _tuned(runner, scope, "methods", tuned)
 
 
 def _tuned(
@@ -138,34 +139,37 @@ def sparsity(runner: Runner, scope: Scope, comparison: Comparison) -> Comparison
 
 
 def ablations(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
-    """One thing at a time is changed from the defaults; all seeds."""
-    best = comparison.best["meft"]
-    changed = []
+    """One thing at a time is changed from the defaults; half the facts, as many steps, all seeds."""
+    common = {"facts": scope.trial.facts // 2, "batch_size": scope.trial.batch_size // 2}
+    base, dense = (comparison.best[method].but(**common) for method in ("meft", "dense"))
+    changed = [(DEFAULTS, base)]
     for section, name, values in _ABLATED:
         shown = f"router.{name}" if section == "router" else name
-        changed += [(f"{shown} = {value}", best.but(**{section: {name: value}})) for value in values]
-    wide = best.but(adapter={"top_k": 64}, active_rows={"cap": int(0.3 * scope.rows)})
-    changed += [("top_k = 64, cap = 30 %", wide), ("weight_decay = 0.1", best.but(weight_decay=0.1))]
-    changed += [("dense, centered", comparison.best["dense"].but(variant={"center_inputs": True}))]
+        changed += [(f"{shown} = {value}", base.but(**{section: {name: value}})) for value in values]
+    changed += [("weight_decay = 0.1", base.but(weight_decay=0.1))]
+    changed += [("dense", dense), ("dense, centered", dense.but(variant={"center_inputs": True}))]
     grid = [(label, trial.but(seed=seed)) for label, trial in changed for seed in scope.seeds]
     return _entries(runner, "ablations", grid, "Ablations")
 
 
+DEFAULTS = "defaults"
 _ABLATED = (
     ("adapter", "center_inputs", (False,)),
     ("adapter", "gate", ("sigmoid", "none")),
-    ("adapter", "experts_per_token", (2, 8, 16)),
+    ("adapter", "experts_per_token", (2, 4, 16)),
+    ("adapter", "num_experts", (16, 32, 64, 256, 512)),
     ("adapter", "top_k", (8, 128)),
-    ("adapter", "num_experts", (16, 32, 128, 256, 512)),
     ("adapter", "init_keys", ("random",)),
     ("variant", "key_order", ("alike", "random")),
     ("variant", "router_init", ("random",)),
+    ("variant", "router_scale", (0.3, 3.0)),
     ("variant", "key_lr_scale", (0.1, 0.3)),
     ("variant", "pick_dropout", (0.1, 0.3)),
     ("router", "lr_scale", (0.01, 0.1, 0.3)),
     ("router", "balance", ("loss", "bias")),
     ("active_rows", "cap", (int(0.02 * ROWS), int(0.05 * ROWS))),
     ("optimizer", "mode", ("dense_equivalent",)),
+    ("adapter", "layers_to_transform", ("0-4", "5-9")),
 )
 
 

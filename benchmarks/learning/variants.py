@@ -2,6 +2,7 @@
 
 * ``key_order: "alike"``: rows are sorted by balanced k-means, so that the keys of an expert are alike; ``"random"``.
 * ``router_init: "random"``: Gaussian routers of the same size, in place of the mean keys of their experts.
+* ``router_scale``: routers start so many times as large: the inverse of a temperature.
 * ``pick_dropout``: share of a token's picks that are dropped in training; the others weigh more.
 * ``key_lr_scale``: learning rate of the keys, over that of the values.
 """
@@ -50,6 +51,13 @@ def _init_router(engine: meft_engine.MeftEngine, adapter: SparseAdapter, kind: s
     adapter.router.copy_(noise * adapter.router.square().mean().sqrt())
 
 
+@torch.no_grad()
+def _scale_router(
+    engine: meft_engine.MeftEngine, adapter: SparseAdapter, scale: float, generator: torch.Generator
+) -> None:
+    adapter.router.mul_(scale)
+
+
 def _drop_picks(
     engine: meft_engine.MeftEngine, adapter: SparseAdapter, share: float, generator: torch.Generator
 ) -> None:
@@ -81,6 +89,7 @@ def _scale_key_rate(
 _VARIANTS: dict[str, Callable[..., None]] = {
     "key_order": _order_keys,
     "router_init": _init_router,
+    "router_scale": _scale_router,
     "pick_dropout": _drop_picks,
     "key_lr_scale": _scale_key_rate,
 }
