@@ -58,8 +58,8 @@ class AdapterConfig(_Section):
     gate: Literal["softmax", "sigmoid", "none"] = "softmax"
     """What multiplies an expert's activations: softmax over the chosen experts times n (mean 1), sigmoid, or nothing.
 
-    ``softmax`` needs ``experts_per_token`` of at least 2 (over one expert it is constant). ``none`` leaves the router
-    without a gradient: routing then stays as it was initialised.
+    ``softmax`` needs ``experts_per_token`` of at least 2 (over one expert it is constant). With ``none``
+    the router gets no gradient but that of its balance and z-loss: without these, routing stays as it was initialised.
     """
 
     target_modules: list[str] | None = None
@@ -173,7 +173,7 @@ class RouterConfig(_Section):
     lr_scale: float = Field(1.0, gt=0.0, allow_inf_nan=False)
     """The routers' learning rate as a multiple of that of their optimizer group."""
 
-    balance: Literal["none", "loss", "bias"] = "none"
+    balance: Literal["none", "loss", "bias"] = "loss"
     """``loss``: an auxiliary loss of ``balance_coef`` times N Σ f P (Switch Transformers), which is 1 at even load.
     ``bias``: no loss; after each step an expert's logit gains or loses ``balance_coef`` in the choice of experts alone.
     """

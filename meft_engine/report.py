@@ -71,5 +71,9 @@ def describe(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> None:
         report["host_bytes_measured"] / 2**30,
     )
     logger.info("MEFT configuration: %s", attached.config.resolved())
-    if attached.config.adapter.gate == "none":
-        logger.warning('adapter.gate = "none": the router gets no gradient, so routing stays as it was initialised')
+    if not attached.config.trains_routers:
+        logger.warning(
+            'adapter.gate = "none" and router.balance = "%s": the router gets no gradient, so routing stays as it was '
+            "initialised",
+            attached.config.router.balance,
+        )

@@ -50,10 +50,12 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
 def tiny_block(adapter: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     """A ``"meft"`` block that fits the tiny models: 35 rows in 5 experts; both arguments override.
 
-    Inputs are not centered, so that dense models need not know of it; ``test_centered_inputs.py`` is about that.
+    Inputs are not centered and no loss is added, so that dense models need not know of either, which
+    ``test_centered_inputs.py`` and ``test_routing_health.py`` are about.
     """
     shape = {"rows": 35, "num_experts": 5, "experts_per_token": 2, "top_k": 3, "init_keys": "random"}
     shape["center_inputs"] = False
+    sections["router"] = {"balance": "none", **sections.get("router", {})}
     return {"enabled": True, "adapter": {**shape, **(adapter or {})}, **sections}
 
 

@@ -57,7 +57,9 @@ def test_the_z_loss_is_the_formula():
 def test_the_block_says_what_is_added():
     logits, experts = logits_and_experts()
     load = expert_load(experts, 7)
-    assert auxiliary_loss(RouterConfig(), logits, load) is None
+    assert auxiliary_loss(RouterConfig(balance="none"), logits, load) is None
+    default = auxiliary_loss(RouterConfig(), logits, load)
+    assert float(default) == pytest.approx(0.01 * float(balance_loss(logits, load)), rel=1e-6)
     assert auxiliary_loss(RouterConfig(balance="bias"), logits, load) is None
     both = auxiliary_loss(RouterConfig(balance="loss", balance_coef=0.5, z_loss_coef=0.25), logits, load)
     assert float(both) == pytest.approx(0.5 * float(balance_loss(logits, load)) + 0.25 * float(z_loss(logits)))

@@ -22,7 +22,7 @@ DESIGNED = json.loads("""{
   "adapter": { "rows": 8192, "num_experts": null, "experts_per_token": 8, "top_k": 16, "gate": "softmax",
                "target_modules": null, "layers_to_transform": null, "init_keys": "ffn",
                "center_inputs": true, "freeze_base": true, "seed": 42 },
-  "router": { "lr_scale": 1.0, "balance": "none", "balance_coef": 0.01, "z_loss_coef": 0.0 },
+  "router": { "lr_scale": 1.0, "balance": "loss", "balance_coef": 0.01, "z_loss_coef": 0.0 },
   "active_rows": { "cap": null, "on_overflow": "keep_largest" },
   "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": true },
   "optimizer": { "lr_scale": 1.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true, "max_staleness": 0,

@@ -200,6 +200,7 @@ def build(case: Case, compute_dtype: torch.dtype = torch.float32, on_overflow: s
                 "gate": case.gate,
                 "center_inputs": case.center is not None,
             },
+            "router": {"balance": "none"},
             "active_rows": {"cap": case.cap, "on_overflow": on_overflow},
         }
     )
