@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
@@ -26,6 +27,8 @@ TEMPLATE = ROOT / "benchmarks" / "learning" / "page.md"
 def main() -> None:
     """Write the page."""
     lines = _read("quality_full.csv") or _read("quality.csv")
+    if not lines:
+        sys.exit(f"{RESULTS} holds neither quality.csv nor quality_full.csv; run `make bench-quality` first")
     stem = "quality_full" if _read("quality_full.csv") else "quality"
     compared = list(dict.fromkeys(line["facts"] for line in lines if line["study"] == "methods"))
     methods = []

@@ -30,8 +30,8 @@ class _Section(BaseModel):
 def derived_num_experts(rows: int, experts_per_token: int) -> int:
     """The divisor of ``rows`` nearest to √(n · rows / 2), the smaller of two equally near, and at least n if one is.
 
-    Routing costs N + n · rows / N dot products a token, which is least at N = √(n · rows); with half as many rows in
-    each expert less is learned, and here it costs 6 % more.
+    Routing costs N + n · rows / N dot products a token, which is least at N = √(n · rows). The experts of this N are
+    larger by √2, which costs 6 % more: larger ones have learned more where they were compared.
     """
     aim = math.sqrt(experts_per_token * rows / 2)
     divisors = [d for i in range(1, math.isqrt(rows) + 1) if rows % i == 0 for d in (i, rows // i)]

@@ -71,6 +71,7 @@ class Runner:
 
         for facts in sorted({trial.facts for trial in trials} - self._corpora.keys()):
             self._corpora[facts] = corpus.build(self._model, facts, self._first_layer, self._folder)
+        os.environ["DS_ACCELERATOR"] = "cpu"  # of the processes to come, also where there is a GPU
         context = multiprocessing.get_context("spawn")
         free_cores = context.Queue()
         for core in self._cores:
@@ -124,7 +125,7 @@ def one_line(result: Result) -> str:
 
 
 def _settle(free_cores: Any) -> None:
-    """Make this process one of one core; before torch is imported, whose threads would keep what they began with."""
+    """Make this process one of one core."""
     # A worker would outlive a run that is killed, go on with its trial, and then wait forever.
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     core = free_cores.get()
@@ -142,9 +143,7 @@ def _settle(free_cores: Any) -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)  # it may have been imported before the variable was set
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
 

@@ -179,3 +179,31 @@ def test_an_adapter_over_other_inputs_is_refused(tmp_path):
     plain = build_engine(tiny_llama())
     with pytest.raises(MeftConfigError, match=r"adapter.center_inputs = True, not False"):
         plain.load_checkpoint(str(tmp_path))
+
+
+def test_observers_get_each_selection_once_with_its_activations():
+    """Also where a checkpointed layer selects once and is computed twice."""
+    model = tiny_llama()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = make_engine(model)
+    adapter = next(iter(engine.meft_adapters.adapters.values()))
+    seen, inputs = [], []
+    adapter.observers.append(lambda *found: seen.append(found))
+    adapter.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    keys, router = adapter.keys.master.clone(), adapter.router.detach().clone()
+    train_step(engine, [batch(1)])
+    (selection, activations, overflow), h = seen[0], inputs[0].reshape(-1, 32)
+    assert len(seen) == 1 and len(inputs) == 2
+    h = h - h.mean(0)
+    gates = 2 * torch.softmax((h @ router.T).gather(1, selection.experts), -1)
+    for t, k in selection.valid.nonzero().tolist():
+        key = keys[selection.active[selection.picks[t, k]]]
+        expected = float(gates[t, selection.slots[t, k]] * (h[t] @ key))
+        assert float(activations[t, k]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert float(overflow.mass) == pytest.approx(float(activations[selection.valid].sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("balance, said", [("none", True), ("bias", True), ("loss", False)])
+def test_a_router_that_nothing_teaches_is_told_of(balance, said, caplog):
+    build_engine(tiny_llama(), tiny_block({"gate": "none"}, router={"balance": balance}))
+    assert ("the router gets no gradient" in caplog.text) == said
