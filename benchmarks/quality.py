@@ -11,6 +11,7 @@ rates; the best gets three seeds. Trials run side by side, one on each core, and
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import sys
 import time
@@ -116,6 +117,7 @@ def show_figures(found: Mapping[str, float]) -> None:
 def main() -> int:
     """Command line, see the top of this file."""
     args = parse_arguments()
+    faulthandler.enable()
     started = time.monotonic()
     model = args.model or str(smollm2())
     runner = Runner(model, FIRST_LAYER, args.work, any_code=args.any_code)

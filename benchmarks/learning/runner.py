@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from learning.trial import Trial
 from meft_engine.cores import rank_cores
+from meft_kernels.cpu import native
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What a trial's result depends on besides its settings: files, and folders with all that is in them.
@@ -28,6 +30,9 @@ _SOURCES = (
     *(f"benchmarks/learning/{name}.py" for name in ("conduct", "corpus", "methods", "sparsity", "top_layers", "trial")),
     *("benchmarks/learning/variants.py", "benchmarks/learning/text.txt"),
 )
+
+_STALLED_SECONDS = 1800
+"""Longer than any trial takes; a worker then prints where it is, and goes on."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Runner:
         for facts in sorted({trial.facts for trial in trials} - self._corpora.keys()):
             self._corpora[facts] = corpus.build(self._model, facts, self._first_layer, self._folder)
         os.environ["DS_ACCELERATOR"] = "cpu"  # of the processes to come, also where there is a GPU
+        native.library()  # compiled once, with all cores, before each worker asks for it
         context = multiprocessing.get_context("spawn")
         free_cores = context.Queue()
         for core in self._cores:
@@ -126,6 +132,7 @@ def one_line(result: Result) -> str:
 
 def _settle(free_cores: Any) -> None:
     """Make this process one of one core."""
+    faulthandler.enable()
     # A worker would outlive a run that is killed, go on with its trial, and then wait forever.
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     core = free_cores.get()
@@ -140,11 +147,14 @@ def _settle(free_cores: Any) -> None:
 
     import logging
 
+    logging.disable(logging.WARNING)
+    import deepspeed
     import torch
     import transformers
 
+    # One rank has nothing to reduce; else every worker would wait minutes for this to be compiled on one core.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)  # it may have been imported before the variable was set
-    logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
 
 
@@ -157,7 +167,11 @@ def _conduct_one(trial: Trial, corpus_file: Path, model: str, first_layer: int) 
     from learning.conduct import conduct
 
     start = time.perf_counter()
-    found = conduct(trial, corpus_file, model, first_layer)
+    faulthandler.dump_traceback_later(_STALLED_SECONDS, repeat=True)  # else nobody would know where it stands still
+    try:
+        found = conduct(trial, corpus_file, model, first_layer)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return {**found, "wall_seconds": time.perf_counter() - start}
 
 
