@@ -214,6 +214,12 @@ class OptimizerConfig(_Section):
     lr_scale: float = Field(1.0, gt=0.0, allow_inf_nan=False)
     """The rows' learning rate as a multiple of that of the optimizer group that holds the layer's router."""
 
+    value_lr_scale: float = Field(4.0, gt=0.0, allow_inf_nan=False)
+    """The values' learning rate as a multiple of the keys' (as LoRA+ has it, https://arxiv.org/abs/2402.12354).
+
+    Keys decide which rows a token takes, so that they must move slowly; values start at zero and have a way to go.
+    """
+
     mode: Literal["lazy", "dense_equivalent"] = "lazy"
     """``lazy``: a row ages only when it is touched. ``dense_equivalent``: idle rows move as dense AdamW moves them."""
 

@@ -91,11 +91,10 @@ class MeftEngine(DeepSpeedEngine):
             self.row_optimizer,
             self._joint_norm,
             self.gradient_clipping(),
-            block.optimizer.lr_scale,
             UpdateWorker(block.optimizer.worker_timeout) if block.optimizer.overlap else None,
             [table.name for table in attached.tables()],
         )
-        self.row_optimizer.follow(self.basic_optimizer.param_groups, block.optimizer.lr_scale)
+        self.row_optimizer.follow(self.basic_optimizer.param_groups)
         self._window_micro_steps = 0
         for adapter in attached.adapters.values():
             vars(adapter)["loss_factor"] = self._loss_factor
@@ -326,13 +325,15 @@ def _require_support(config_class: Any, optimizer: Any) -> None:
 
 
 def _row_optimizer(attached: Any, home: dict[str, int], block: MeftConfig) -> SparseCPUAdam:
-    groups = [
-        {
-            "tables": [t for name, a in attached.adapters.items() if home[name] == index for t in (a.keys, a.values)],
-            "follows": index,
-        }
-        for index in sorted(set(home.values()))
-    ]
+    scale = block.optimizer.lr_scale
+    groups = []
+    for index in sorted(set(home.values())):
+        adapters = [adapter for name, adapter in attached.adapters.items() if home[name] == index]
+        values_scale = scale * block.optimizer.value_lr_scale
+        groups += [
+            {"tables": [adapter.keys for adapter in adapters], "follows": index, "lr_scale": scale},
+            {"tables": [adapter.values for adapter in adapters], "follows": index, "lr_scale": values_scale},
+        ]
     return SparseCPUAdam(
         groups,
         mode=block.optimizer.mode,

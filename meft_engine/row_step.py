@@ -19,7 +19,7 @@ class RowStep:
 
     Args:
         optimizer: of the rows. joint_norm: the bridge into DeepSpeed's optimizer.
-        max_norm: gradient clipping, 0 for none. lr_scale: rows' lr over the user's.
+        max_norm: gradient clipping, 0 for none.
         worker: updates rows while the training thread goes on; ``None``: they are updated before the step returns.
         order: names of the tables as the forward meets them.
     """
@@ -29,12 +29,11 @@ class RowStep:
         optimizer: SparseCPUAdam,
         joint_norm: JointNorm,
         max_norm: float,
-        lr_scale: float,
         worker: UpdateWorker | None,
         order: list[str],
     ) -> None:
         self.optimizer, self.joint_norm, self.worker = optimizer, joint_norm, worker
-        self._max_norm, self._lr_scale = max_norm, lr_scale
+        self._max_norm = max_norm
         # Updates that are still due when the process ends are finished, and a forgotten engine leaves no thread.
         self._closer = weakref.finalize(self, _close, worker) if worker is not None else None
         self._place = {name: index for index, name in enumerate(order)}
@@ -43,7 +42,7 @@ class RowStep:
     def begin(self, param_groups: list[dict[str, Any]], loss_scale: float) -> None:
         """Take what DeepSpeed's step is about to change: lr (its scheduler moves on) and the loss scale."""
         self.drain()
-        self.optimizer.follow(param_groups, self._lr_scale)
+        self.optimizer.follow(param_groups)
         self._loss_scale = loss_scale
         with phase("norm"):
             self.joint_norm.rows = self.optimizer.gradient_norm()

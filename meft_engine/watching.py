@@ -44,7 +44,7 @@ class Window:
     def read(self) -> dict[str, float]:
         """The figures, by name; one that does not exist here (a phase that did not occur) is absent.
 
-        ``loss``, the mean of these steps; ``lr`` of the rows' first group; ``grad_norm``, the
+        ``loss``, the mean of these steps; ``lr`` of the first group's keys; ``grad_norm``, the
         joint norm of the last step. ``touched_share`` of a layer's rows by a micro-batch; ``kept_mass``, the share of
         activation that the cap kept; ``dead_experts``, the share of experts that no token chose; ``load_entropy``, of
         the experts' load, 1 where it is even. ``bytes_to_device``, ``bytes_to_host`` and ``seconds/<phase>``, a step.

@@ -50,12 +50,13 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
 def tiny_block(adapter: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     """A ``"meft"`` block that fits the tiny models: 35 rows in 5 experts; both arguments override.
 
-    Inputs are not centered and no loss is added, so that dense models need not know of either, which
-    ``test_centered_inputs.py`` and ``test_routing_health.py`` are about.
+    Inputs are not centered, no loss is added and all rows have one learning rate, so that dense models need not know of
+    any of it; ``test_centered_inputs.py``, ``test_routing_health.py`` and ``test_dense_parity.py`` are about that.
     """
     shape = {"rows": 35, "num_experts": 5, "experts_per_token": 2, "top_k": 3, "init_keys": "random"}
     shape["center_inputs"] = False
     sections["router"] = {"balance": "none", **sections.get("router", {})}
+    sections["optimizer"] = {"value_lr_scale": 1.0, **sections.get("optimizer", {})}
     return {"enabled": True, "adapter": {**shape, **(adapter or {})}, **sections}
 
 

@@ -157,15 +157,15 @@ class SparseCPUAdam(torch.optim.Optimizer):
         """All tables, in the order of the groups."""
         return [self._table_of[id(handle)] for group in self.param_groups for handle in group["params"]]
 
-    def follow(self, param_groups: list[dict[str, Any]], lr_scale: float = 1.0) -> None:
-        """Take lr (times ``lr_scale``), betas, eps and weight decay from another optimizer's groups.
+    def follow(self, param_groups: list[dict[str, Any]]) -> None:
+        """Take lr, betas, eps and weight decay from another optimizer's groups.
 
-        A group of this optimizer follows the group at its ``follows`` index.
+        A group of this optimizer follows the group at its ``follows`` index, with ``lr_scale`` times its lr.
         """
         for group in self.param_groups:
             leader = param_groups[group["follows"]]
             group.update({key: leader[key] for key in ("betas", "eps", "weight_decay")})
-            group["lr"] = leader["lr"] * lr_scale
+            group["lr"] = leader["lr"] * group.get("lr_scale", 1.0)
 
     def gradient_norm(self) -> float:
         """2-norm of all accumulated row gradients; not finite if any of them is not."""

@@ -108,13 +108,11 @@ def test_plain_deepspeed_equals_torch_adamw_on_a_dense_adapter(batches, dense_ru
     assert largest_difference(twin_rows(twin), dense_run["rows"]) < 1e-4
 
 
-@pytest.mark.parametrize(("stage", "lr_scale"), [(0, 1.0), (2, 0.5)])
-def test_sparse_touching_equals_a_float64_oracle(stage, lr_scale):
-    steps, max_norm, block = (
-        30,
-        2.1,
-        tiny_block({"gate": "softmax", "top_k": 2}, optimizer={"lr_scale": lr_scale}),
-    )
+@pytest.mark.parametrize(("stage", "keys_rate", "values_rate"), [(0, 1.0, 1.0), (0, 1.0, 4.0), (2, 0.5, 0.1)])
+def test_sparse_touching_equals_a_float64_oracle(stage, keys_rate, values_rate):
+    steps, max_norm = 30, 2.1
+    scales = {"lr_scale": keys_rate, "value_lr_scale": values_rate / keys_rate}
+    block = tiny_block({"gate": "softmax", "top_k": 2}, optimizer=scales)
     engine = build_engine(tiny_llama(), block, stage=stage, clip=max_norm, adam=ADAM, lr_scheduler=make_schedule)
     start = masters(engine)
     oracle = LazyAdamW(start)
@@ -126,8 +124,9 @@ def test_sparse_touching_equals_a_float64_oracle(stage, lr_scale):
         norm = global_norm([*(grad for _, grad in touched.values()), *router_gradients(engine).values()])
         factor = clip_factor(norm, max_norm)
         clipped += factor < 1
-        lr = ADAM["lr"] * warm_up_then_decay(step) * lr_scale
-        oracle.step(touched, lambda _, lr=lr: {**ADAM, "lr": lr}, factor)
+        lr = ADAM["lr"] * warm_up_then_decay(step)
+        rates = {name: lr * (values_rate if name.endswith("values") else keys_rate) for name in touched}
+        oracle.step(touched, lambda name, rates=rates: {**ADAM, "lr": rates[name]}, factor)
         engine.step()
         assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-5)
 

@@ -162,7 +162,9 @@ def test_the_saved_adapter_is_in_the_compute_precision(engines, tmp_path):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_idle_rows_of_a_checkpoint_catch_up_when_it_is_loaded(bf16, moments, tmp_path):
     """In the mode "dense_equivalent" a checkpoint holds rows as stored, an exported adapter rows brought to date."""
-    block = tiny_block({"rows": 500}, optimizer={"mode": "dense_equivalent", "moments_dtype": moments})
+    block = tiny_block(
+        {"rows": 500}, optimizer={"mode": "dense_equivalent", "moments_dtype": moments, "value_lr_scale": 3.0}
+    )
     engine = build_engine(tiny_llama(), block, stage=2, bf16=bf16, adam=ADAM)
     fill_values(engine.meft_adapters)
     for step in range(6):

@@ -25,8 +25,8 @@ DESIGNED = json.loads("""{
   "router": { "lr_scale": 1.0, "balance": "loss", "balance_coef": 0.01, "z_loss_coef": 0.0 },
   "active_rows": { "cap": null, "on_overflow": "keep_largest" },
   "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": true },
-  "optimizer": { "lr_scale": 1.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true, "max_staleness": 0,
-                 "num_threads": null, "worker_timeout": 10.0 },
+  "optimizer": { "lr_scale": 1.0, "value_lr_scale": 4.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true,
+                 "max_staleness": 0, "num_threads": null, "worker_timeout": 10.0 },
   "checkpoint": { "save_base": false },
   "monitor": { "interval": 10, "min_kept_mass": 0.9, "max_dead_experts": 0.5 }
 }""")

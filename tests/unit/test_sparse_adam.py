@@ -245,26 +245,28 @@ def test_step_runs_a_closure_and_returns_its_loss():
 
 def test_follow_takes_the_settings_of_the_group_that_is_followed():
     tables = [make_table(3), make_table(5)]
-    optimizer = SparseCPUAdam([{"tables": [tables[0]], "follows": 2}, {"tables": [tables[1]], "follows": 0}])
+    optimizer = SparseCPUAdam(
+        [{"tables": [tables[0]], "follows": 2}, {"tables": [tables[1]], "follows": 0, "lr_scale": 3.0}]
+    )
     leader = [
         {"lr": 1e-3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.7, "params": [], "name": "first"},
         {"lr": 9e9, "betas": (0.0, 0.0), "eps": 9.0, "weight_decay": 9.0, "params": []},
         {"lr": torch.tensor(2e-2), "betas": [0.7, 0.8], "eps": 1e-4, "weight_decay": 0.0, "params": []},
     ]
-    optimizer.follow(leader, lr_scale=3.0)
+    optimizer.follow(leader)
     first, second = optimizer.param_groups
-    assert (float(first["lr"]), *first["betas"]) == (pytest.approx(6e-2), 0.7, 0.8)
+    assert (float(first["lr"]), *first["betas"]) == (pytest.approx(2e-2), 0.7, 0.8)
     assert (first["eps"], first["weight_decay"]) == (1e-4, 0.0)
     assert (second["lr"], second["betas"]) == (pytest.approx(3e-3), (0.5, 0.6))
     assert (second["eps"], second["weight_decay"]) == (1e-3, 0.7)
     assert [len(g["params"]) for g in (first, second)] == [1, 1] and "name" not in second
     # Following again starts from the leader's rate, not from the one before.
-    optimizer.follow(leader, lr_scale=3.0)
+    optimizer.follow(leader)
     assert second["lr"] == pytest.approx(3e-3)
     oracle = Oracle(tables[0].master)
     give(tables[0], torch.tensor([2]), torch.ones(1, WIDTH))
     optimizer.step()
-    oracle.step(torch.tensor([2]), torch.ones(1, WIDTH), 6e-2, (0.7, 0.8), 1e-4, 0.0)
+    oracle.step(torch.tensor([2]), torch.ones(1, WIDTH), 2e-2, (0.7, 0.8), 1e-4, 0.0)
     torch.testing.assert_close(tables[0].master.double(), oracle.w, rtol=1e-5, atol=1e-6)
 
 
