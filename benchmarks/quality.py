@@ -117,11 +117,12 @@ def show_figures(found: Mapping[str, float]) -> None:
 def main() -> int:
     """Command line, see the top of this file."""
     args = parse_arguments()
-    faulthandler.enable()
     started = time.monotonic()
     model = args.model or str(smollm2())
     runner = Runner(model, FIRST_LAYER, args.work, any_code=args.any_code)
     scope = plan.QUICK if args.quick else plan.Scope(Trial("meft", facts=args.facts))
+    if args.full:
+        scope = replace(scope, top_ks=plan.MORE_TOP_KS, caps=plan.MORE_CAPS)
     few = plan.compare(runner, scope, model, FIRST_LAYER)
     sparse = plan.sparsity(runner, scope, few)
     sized = plan.sizes(runner, scope, few)
@@ -161,4 +162,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())

@@ -26,7 +26,7 @@ class Scope:
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: Mapping[str, tuple[float, ...]] = field(
         default_factory=lambda: {
-            "meft": (1e-2, 2e-2, 4e-2),
+            "meft": (5e-3, 1e-2, 2e-2),
             "lora_16": (4e-3, 8e-3, 1.6e-2),
             "lora_equal_bytes": (1.5e-3, 3e-3, 6e-3),
             "dense": (3e-4, 1e-3, 3e-3),
@@ -35,11 +35,9 @@ class Scope:
     meft_sizes: tuple[int, ...] = (64, 256, 1024, 4096)
     dense_sizes: tuple[int, ...] = (64, 256, 1024, 4096)
     lora_sizes: tuple[int, ...] = (4, 64)
-    top_ks: Mapping[int, tuple[float, ...]] = field(
-        default_factory=lambda: {4: (2e-2,), 32: (1e-2, 2e-2), 64: (5e-3, 1e-2, 2e-2)}
-    )
+    top_ks: Mapping[int, tuple[float, ...]] = field(default_factory=lambda: {64: (5e-3, 1e-2)})
     """With the learning rates of each."""
-    caps: tuple[float, ...] = (0.03,)
+    caps: tuple[float, ...] = ()
     """Shares of the rows."""
 
 
@@ -55,6 +53,10 @@ QUICK = Scope(
     caps=(0.5,),
 )
 """Whether everything runs."""
+
+MORE_TOP_KS = {4: (1e-2,), 8: (1e-2,), 32: (1e-2,), 64: (5e-3, 1e-2)}
+MORE_CAPS = (0.03, 0.06)
+"""For which `make bench-quality` has no time."""
 
 
 @dataclass(frozen=True)
@@ -157,19 +159,18 @@ _ABLATED = (
     ("adapter", "center_inputs", (False,)),
     ("adapter", "gate", ("sigmoid", "none")),
     ("adapter", "experts_per_token", (2, 4, 16)),
-    ("adapter", "num_experts", (16, 32, 64, 256, 512)),
-    ("adapter", "top_k", (8, 128)),
+    ("adapter", "num_experts", (32, 64, 256)),
     ("adapter", "init_keys", ("random",)),
     ("variant", "key_order", ("alike", "random")),
     ("variant", "router_init", ("random",)),
     ("variant", "router_scale", (0.3, 3.0)),
-    ("variant", "key_lr_scale", (0.1, 0.3)),
-    ("variant", "pick_dropout", (0.1, 0.3)),
-    ("router", "lr_scale", (0.01, 0.1, 0.3)),
+    ("variant", "pick_dropout", (0.1,)),
+    ("router", "lr_scale", (0.01, 0.3, 3.0)),
     ("router", "balance", ("none", "bias")),
-    ("router", "balance_coef", (0.003, 0.03, 0.1)),
+    ("router", "balance_coef", (0.003, 0.03)),
     ("active_rows", "cap", (int(0.02 * ROWS), int(0.05 * ROWS))),
     ("optimizer", "mode", ("dense_equivalent",)),
+    ("optimizer", "value_lr_scale", (1.0, 2.0, 8.0)),
     ("adapter", "layers_to_transform", ("0-4", "5-9")),
 )
 

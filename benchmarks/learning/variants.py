@@ -4,7 +4,6 @@
 * ``router_init: "random"``: Gaussian routers of the same size, in place of the mean keys of their experts.
 * ``router_scale``: routers start so many times as large: the inverse of a temperature.
 * ``pick_dropout``: share of a token's picks that are dropped in training; the others weigh more.
-* ``key_lr_scale``: learning rate of the keys, over that of the values.
 """
 
 from __future__ import annotations
@@ -74,24 +73,11 @@ def _drop_picks(
     adapter._select = select
 
 
-def _scale_key_rate(
-    engine: meft_engine.MeftEngine, adapter: SparseAdapter, scale: float, generator: torch.Generator
-) -> None:
-    plain = engine.row_optimizer._update
-
-    def update(table: Any, *args: Any) -> Any:
-        found = plain(table, *args)
-        return replace(found, adam=found.adam._replace(lr=found.adam.lr * scale)) if table is adapter.keys else found
-
-    engine.row_optimizer._update = update
-
-
 _VARIANTS: dict[str, Callable[..., None]] = {
     "key_order": _order_keys,
     "router_init": _init_router,
     "router_scale": _scale_router,
     "pick_dropout": _drop_picks,
-    "key_lr_scale": _scale_key_rate,
 }
 
 
