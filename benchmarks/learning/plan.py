@@ -54,7 +54,7 @@ QUICK = Scope(
 )
 """Whether everything runs."""
 
-MORE_TOP_KS = {4: (1e-2,), 8: (1e-2,), 32: (1e-2,), 64: (5e-3, 1e-2)}
+MORE_TOP_KS = {4: (1e-2,), 16: (1e-2,), 64: (5e-3, 1e-2), 128: (5e-3,)}
 MORE_CAPS = (0.03, 0.06)
 """For which `make bench-quality` has no time."""
 
