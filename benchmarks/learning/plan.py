@@ -42,7 +42,7 @@ class Scope:
 
 
 QUICK = Scope(
-    Trial("meft", facts=32, epochs=1, batch_size=16, adapter={"rows": 64}),
+    Trial("meft", facts=32, epochs=1, batch_size=16, adapter={"rows": 64, "top_k": 8}),
     rows=64,
     seeds=(0,),
     rates={"meft": (2e-2,), "lora_16": (8e-3,), "lora_equal_bytes": (3e-3,), "dense": (1e-3,)},

@@ -22,6 +22,7 @@ from learning.runner import Result, Runner
 from learning.top_layers import TopLayers
 from learning.trial import Trial
 
+from meft_engine.config import MeftConfig
 from meft_kernels import sparse
 from tests.families import tiny_llama
 
@@ -208,6 +209,8 @@ class Inventing(Runner):
     def _conduct(self, trials: list[Trial], title: str) -> None:
         for trial in trials:
             best = {"meft": 2e-2, "lora": 8e-3 if trial.rank == 16 else 3e-3, "dense": 1e-3}[trial.method]
+            if trial.method == "meft":
+                MeftConfig.from_block(trial.block)  # an engine would be refused, hours later
             off = abs(math.log(trial.learning_rate / best))
             found = {
                 **{
@@ -226,6 +229,14 @@ class Inventing(Runner):
                 found |= {"text_shared": 0.4, "start_text_shared": 0.3, "same_fact": 0.8, "other_fact": 0.5}
                 found |= {f"{name}_by_epoch": [0.5, 0.1] for name in ("touched", "kept_mass", "dead_experts")}
             self._keep(trial, found)
+
+
+def test_the_quick_run_asks_for_what_an_engine_accepts(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "Runner", Inventing)
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--quick", "--model", model_folder, "--work", str(tmp_path)])
+    monkeypatch.setattr(quality, "FIRST_LAYER", FIRST_LAYER)
+    assert quality.main() == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["figures"] == {}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--full"]])
