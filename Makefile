@@ -50,7 +50,7 @@ $(BENCH_STAMP): $(STAMP)
 bench-optimizer: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/optimizer.py $(BENCH_ARGS)
 
-# What adapters learn and forget beside LoRA and a dense adapter; an hour on two cores. It goes on where it stopped.
+# What adapters learn and forget beside LoRA and a dense adapter; an hour and a half on two cores. It goes on where it stopped.
 bench-quality: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/quality.py $(BENCH_ARGS)
 

@@ -54,9 +54,9 @@ QUICK = Scope(
 )
 """Whether everything runs."""
 
+# For which `make bench-quality` has no time.
 MORE_TOP_KS = {4: (1e-2,), 16: (1e-2,), 64: (5e-3, 1e-2), 128: (5e-3,)}
 MORE_CAPS = (0.03, 0.06)
-"""For which `make bench-quality` has no time."""
 
 
 @dataclass(frozen=True)
