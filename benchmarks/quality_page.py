@@ -77,11 +77,20 @@ def _with_spread(lines: Sequence[Line], column: str) -> str:
     return f"{statistics.fmean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
 
 
-def _apart(one: Sequence[Line], other: Sequence[Line], column: str) -> bool:
-    """Whether the means of two groups are farther apart than half their ranges together."""
-    spans = [[float(line[column]) for line in group] for group in (one, other)]
-    half_ranges = sum(max(span) - min(span) for span in spans) / 2
-    return abs(statistics.fmean(spans[0]) - statistics.fmean(spans[1])) > half_ranges
+def _deviation(groups: Iterable[Sequence[Line]], column: str) -> float:
+    """Standard deviation within groups, from all of them together: two or three seeds alone would tell little."""
+    squares, freedom = 0.0, 0
+    for group in groups:
+        values = [float(line[column]) for line in group]
+        squares += statistics.pvariance(values) * len(values)
+        freedom += len(values) - 1
+    return (squares / freedom) ** 0.5
+
+
+def _apart(one: Sequence[Line], other: Sequence[Line], column: str, deviation: float) -> bool:
+    """Whether the means of two groups are farther apart than twice the standard error of their difference."""
+    error = deviation * (1 / len(one) + 1 / len(other)) ** 0.5
+    return abs(_mean(one, column) - _mean(other, column)) > 2 * error
 
 
 def _sizes(lines: Sequence[Line]) -> str:
@@ -165,11 +174,16 @@ def _ablations(lines: Sequence[Line]) -> str:
     if not groups:
         return ""
     defaults = groups["defaults"]
-    facts = defaults[0]["facts"]
+    columns = ("exact_match", "second_wording")
+    deviation = {column: _deviation(groups.values(), column) for column in columns}
     table = [
         "## One thing changed at a time",
         "",
-        f"{facts} facts, three seeds. What is **bold** differs from the defaults by more than both spreads together.",
+        f"{defaults[0]['facts']} facts; three seeds of the defaults, two of the others, ± half the range. What is",
+        "**bold** is farther from the defaults than twice the standard error of the difference. Between seeds, over",
+        "all lines, the standard deviation is {exact_match:.3f}, in the second wording {second_wording:.3f}.".format_map(
+            deviation
+        ),
         "",
         "| | exact match | second wording | perplexity | touched by a micro-batch | dead experts | same fact | step |",
         "|---|---|---|---|---|---|---|---|",
@@ -181,8 +195,8 @@ def _ablations(lines: Sequence[Line]) -> str:
             for column in ("touched_last_epoch", "dead_experts", "same_fact")
         )
         matches = [
-            f"**{_with_spread(group, column)}**" if _apart(group, defaults, column) else _with_spread(group, column)
-            for column in ("exact_match", "second_wording")
+            f"**{shown}**" if _apart(group, defaults, column, deviation[column]) else shown
+            for column, shown in ((column, _with_spread(group, column)) for column in columns)
         ]
         table.append(
             f"| {label} | {' | '.join(matches)} | {_mean(group, 'perplexity_after'):.1f} | {touched} | {dead} "
