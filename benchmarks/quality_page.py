@@ -175,15 +175,13 @@ def _ablations(lines: Sequence[Line]) -> str:
         return ""
     defaults = groups["defaults"]
     columns = ("exact_match", "second_wording")
-    deviation = {column: _deviation(groups.values(), column) for column in columns}
+    deviations = trained, second = [_deviation(groups.values(), column) for column in columns]
     table = [
         "## One thing changed at a time",
         "",
         f"{defaults[0]['facts']} facts; three seeds of the defaults, two of the others, ± half the range. What is",
         "**bold** is farther from the defaults than twice the standard error of the difference. Between seeds, over",
-        "all lines, the standard deviation is {exact_match:.3f}, in the second wording {second_wording:.3f}.".format_map(
-            deviation
-        ),
+        f"all lines, the standard deviation is {trained:.3f}, in the second wording {second:.3f}.",
         "",
         "| | exact match | second wording | perplexity | touched by a micro-batch | dead experts | same fact | step |",
         "|---|---|---|---|---|---|---|---|",
@@ -194,10 +192,10 @@ def _ablations(lines: Sequence[Line]) -> str:
             f"{_mean(group, column):.1%}" if sparse else ""
             for column in ("touched_last_epoch", "dead_experts", "same_fact")
         )
-        matches = [
-            f"**{shown}**" if _apart(group, defaults, column, deviation[column]) else shown
-            for column, shown in ((column, _with_spread(group, column)) for column in columns)
-        ]
+        matches = []
+        for column, deviation in zip(columns, deviations, strict=True):
+            shown = _with_spread(group, column)
+            matches.append(f"**{shown}**" if _apart(group, defaults, column, deviation) else shown)
         table.append(
             f"| {label} | {' | '.join(matches)} | {_mean(group, 'perplexity_after'):.1f} | {touched} | {dead} "
             f"| {same} | {_mean(group, 'seconds_per_step'):.2f} s |"

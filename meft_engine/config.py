@@ -73,7 +73,8 @@ class AdapterConfig(_Section):
     """Layers to adapt: a list of indices, or an inclusive range such as ``"4-11"``. ``null``: all."""
 
     init_keys: Literal["ffn", "random"] = "ffn"
-    """Where the keys start: from the FFN's own gate rows (repeated with 1 % noise where rows run out), or at random."""
+    """Where the keys start: from the FFN's own gate rows and twice as much noise (rows repeat where they run out), or
+    from noise alone."""
 
     center_inputs: bool = True
     """Subtract the mean of the layer's inputs over the first training micro-batch before routing and scoring.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft_engine.adapter.attach import AttachedAdapters
+from meft_engine.adapter.initialize import initial_keys, seed_of_layer
 from meft_engine.config import MeftConfig
 
 VOCAB = 97
@@ -63,6 +64,12 @@ def tiny_block(adapter: dict[str, Any] | None = None, **sections: Any) -> dict[s
 def tiny_config(adapter: dict[str, Any] | None = None, **sections: Any) -> MeftConfig:
     """:func:`tiny_block`, validated."""
     return MeftConfig.from_block(tiny_block(adapter, **sections))
+
+
+def keys_from(gate_weight: Tensor, config: MeftConfig, layer: int = 0) -> Tensor:
+    """[r, d]: the keys that a layer has to start from, if these [f, d] are its FFN's rows."""
+    adapter = config.adapter
+    return initial_keys(gate_weight, adapter.rows, adapter.init_keys, seed_of_layer(adapter.seed, layer))
 
 
 def fill_values(attached: AttachedAdapters, seed: int = 7, scale: float = 0.3) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import meft_engine
 from learning.top_layers import TopLayers
 from learning.trial import Trial
-from meft_engine.adapter.initialize import initial_keys
+from meft_engine.adapter.initialize import initial_keys, seed_of_layer
 
 BYTES_PER_TRAINED_PARAMETER = 16
-"""On the device, under fp32 Adam: the parameter, its gradient and two moments."""
+"""On the device, under Adam: in fp32 the parameter, its gradient and two moments; in bf16 the former are half as large,
+and there is an fp32 master besides."""
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CLIP = 1.0
 
@@ -45,9 +46,18 @@ def build(trial: Trial, model: TopLayers, schedule: Callable[[Any], Any]) -> dee
         add_dense_adapters(model, trial.rows, trial.seed, centered=trial.variant.get("center_inputs", False))
     else:
         raise ValueError(f"method = {trial.method!r} is none of meft, lora, dense")
-    trained = None if trial.method == "meft" else [p for p in network.parameters() if p.requires_grad]
+    trained = None if trial.method == "meft" else _groups(network, trial)
     engine, *_ = meft_engine.initialize(model=network, model_parameters=trained, config=config, lr_scheduler=schedule)
     return engine
+
+
+def _groups(network: nn.Module, trial: Trial) -> list[dict[str, Any]]:
+    """What is trained, the values of dense adapters as much faster as the trial says."""
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    values = [parameter for name, parameter in trained.items() if name.endswith("dense_adapter.values")]
+    others = [parameter for name, parameter in trained.items() if not name.endswith("dense_adapter.values")]
+    faster = trial.learning_rate * trial.variant.get("value_lr_scale", 1.0)
+    return [{"params": others}, *([{"params": values, "lr": faster}] if values else [])]
 
 
 def lora_settings(rank: int) -> peft.LoraConfig:
@@ -88,7 +98,7 @@ class DenseAdapter(nn.Module):
 def add_dense_adapters(model: TopLayers, rows: int, seed: int, *, centered: bool = False) -> None:
     """Put a dense adapter beside every FFN."""
     for index, layer in enumerate(model.model.layers):
-        layer.mlp.dense_adapter = DenseAdapter(layer.mlp.gate_proj.weight, rows, seed * 1_000_003 + index, centered)
+        layer.mlp.dense_adapter = DenseAdapter(layer.mlp.gate_proj.weight, rows, seed_of_layer(seed, index), centered)
         layer.mlp.register_forward_hook(lambda mlp, args, output: output + mlp.dense_adapter(args[0], model.real))
 
 

@@ -9,7 +9,7 @@ from learning import methods
 from learning.runner import Result, Runner
 from learning.top_layers import TopLayers
 from learning.trial import Trial
-from meft_engine.config import MeftConfig
+from meft_engine.config import MeftConfig, OptimizerConfig
 
 ROWS = MeftConfig().adapter.rows
 LORA_RANK = 16
@@ -152,7 +152,9 @@ def ablations(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entr
         shown = f"router.{name}" if section == "router" else name
         changed += [(f"{shown} = {value}", base.but(**{section: {name: value}})) for value in values]
     changed += [("weight_decay = 0.1", base.but(weight_decay=0.1))]
-    changed += [("dense", dense), ("dense, centered", dense.but(variant={"center_inputs": True}))]
+    centered = dense.but(variant={"center_inputs": True})
+    faster = centered.but(variant={"value_lr_scale": OptimizerConfig().value_lr_scale})
+    changed += [("dense", dense), ("dense, centered", centered), ("dense, centered, fast values", faster)]
     grid = [
         (label, trial.but(seed=seed))
         for label, trial in changed

@@ -44,6 +44,8 @@ class Trial:
             "adapter": {**self.adapter, "seed": self.seed},
             "router": self.router,
             "active_rows": self.active_rows,
+            # As in every bf16 run: masters in fp32, and what goes to the device in half as many bytes.
+            "offload": {"compute_dtype": "bf16"},
             # A trial has one core, on which nothing can be overlapped.
             "optimizer": {"overlap": False, **self.optimizer},
             "monitor": {"max_dead_experts": 1.0, "min_kept_mass": 0.0},

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import meft_engine
-from meft_engine.adapter.initialize import initial_router
+from meft_engine.adapter.initialize import initial_router, seed_of_layer
 from meft_engine.adapter.module import SparseAdapter
 
 _ROUNDS = 20
@@ -33,7 +33,7 @@ def apply(variant: Mapping[str, Any], engine: meft_engine.MeftEngine, seed: int)
         if name not in _VARIANTS:
             raise ValueError(f"variant {name!r} is none of {', '.join(_VARIANTS)}")
         for index, adapter in enumerate(engine.meft_adapters.adapters.values()):
-            _VARIANTS[name](engine, adapter, value, torch.Generator().manual_seed(seed * 1_000_003 + index))
+            _VARIANTS[name](engine, adapter, value, torch.Generator().manual_seed(seed_of_layer(seed, index)))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from meft_engine.adapter.calls import CallTracker
 from meft_engine.adapter.discover import FFN, find_ffns
-from meft_engine.adapter.initialize import initial_keys, initial_router
+from meft_engine.adapter.initialize import initial_keys, initial_router, seed_of_layer
 from meft_engine.adapter.module import SparseAdapter, listen
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.cores import rank_cores
@@ -110,8 +110,7 @@ def attach(
                 )
                 for kind in ("keys", "values")
             ]
-        # The same seed for every layer would make random keys equal across layers.
-        seed = config.adapter.seed * 1_000_003 + index
+        seed = seed_of_layer(config.adapter.seed, index)
         tables[0].fill(initial_keys(gate_weight, config.adapter.rows, config.adapter.init_keys, seed))
         router = initial_router(tables[0].master, config.adapter.resolved_num_experts)
         router = router.to(gate_weight.device, gate_weight.dtype)

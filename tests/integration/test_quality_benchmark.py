@@ -173,6 +173,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     assert not hasattr(fourth, "conducted")
 
 
+@pytest.mark.parametrize("scale, rates", [(None, {1e-3}), (4.0, {1e-3, 4e-3})])
+def test_values_of_dense_adapters_learn_as_much_faster_as_the_trial_says(scale, rates, model_folder):
+    model = TopLayers(model_folder, FIRST_LAYER)
+    methods.add_dense_adapters(model, 40, 0)
+    variant = {} if scale is None else {"value_lr_scale": scale}
+    groups = methods._groups(model, Trial("dense", learning_rate=1e-3, rows=40, variant=variant))
+    rate_of = {id(p): group.get("lr", 1e-3) for group in groups for p in group["params"]}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert len(rate_of) == len(trained) and set(rate_of.values()) == rates
+    assert {rate_of[id(p)] for name, p in trained if name.endswith("values")} == {1e-3 * (scale or 1)}
+    assert {rate_of[id(p)] for name, p in trained if not name.endswith("values")} == {1e-3}
+
+
 def test_methods_learn_through_one_loop(model_folder, tmp_path, monkeypatch):
     """Each method, conducted whole on a tiny model and few passages: losses fall, and what has to be found is."""
     whole = tiny_llama()
@@ -188,7 +201,7 @@ def test_methods_learn_through_one_loop(model_folder, tmp_path, monkeypatch):
     trials = [
         Trial("meft", **common, adapter={"rows": 40, "num_experts": 10, "experts_per_token": 3, "top_k": 6}),
         Trial("lora", **common, rank=4),
-        Trial("dense", **common, rows=40, variant={"center_inputs": True}),
+        Trial("dense", **common, rows=40, variant={"center_inputs": True, "value_lr_scale": 2.0}),
     ]
     for trial in trials:
         found = conduct.conduct(trial, tmp_path / "corpus", model_folder, FIRST_LAYER)
