@@ -153,7 +153,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--facts", type=int, default=256, help="number of airports")
     parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=2.5e-3)
+    parser.add_argument("--learning_rate", type=float, default=1.25e-3)
     return parser.parse_args(argv)
 
 

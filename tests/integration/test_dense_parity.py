@@ -22,7 +22,7 @@ from tests.integration.engines import (
 )
 from tests.integration.oracles import LazyAdamW, clip_factor, dense_twin, global_norm, twin_rows
 
-ROWS, STEPS, CLIP = 16, 50, 0.55
+ROWS, STEPS, CLIP = 16, 50, 1.05
 ADAM = {"lr": 2e-3, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1}
 DENSE = {"rows": ROWS, "num_experts": 1, "experts_per_token": 1, "top_k": ROWS, "gate": "none"}
 
@@ -110,7 +110,7 @@ def test_plain_deepspeed_equals_torch_adamw_on_a_dense_adapter(batches, dense_ru
 
 @pytest.mark.parametrize(("stage", "keys_rate", "values_rate"), [(0, 1.0, 1.0), (0, 1.0, 4.0), (2, 0.5, 0.1)])
 def test_sparse_touching_equals_a_float64_oracle(stage, keys_rate, values_rate):
-    steps, max_norm = 30, 2.1
+    steps, max_norm = 30, 4.2
     scales = {"lr_scale": keys_rate, "value_lr_scale": values_rate / keys_rate}
     block = tiny_block({"gate": "softmax", "top_k": 2}, optimizer=scales)
     engine = build_engine(tiny_llama(), block, stage=stage, clip=max_norm, adam=ADAM, lr_scheduler=make_schedule)

@@ -62,7 +62,7 @@ def five_steps(engine: Any, gas: int) -> tuple[list[float], list[float], dict, d
 def at_stage_0() -> dict[tuple[bool, str], tuple]:
     """What five steps give there, by precision and gate."""
     return {
-        (bf16, gate): five_steps(make_engine(meft=tiny_block({"gate": gate}), stage=0, bf16=bf16, gas=2, clip=0.5), 2)
+        (bf16, gate): five_steps(make_engine(meft=tiny_block({"gate": gate}), stage=0, bf16=bf16, gas=2, clip=0.4), 2)
         for bf16 in (False, True)
         for gate in ("softmax", "none")
     }
@@ -73,9 +73,9 @@ def at_stage_0() -> dict[tuple[bool, str], tuple]:
 @pytest.mark.parametrize("name", [name for name in STAGES if name != "0"])
 def test_stages_and_offloads_agree(name, bf16, gate, at_stage_0):
     """With the gate "none" DeepSpeed has nothing to train but an anchor."""
-    settings = {"meft": tiny_block({"gate": gate}), "bf16": bf16, "gas": 2, "clip": 0.5}
+    settings = {"meft": tiny_block({"gate": gate}), "bf16": bf16, "gas": 2, "clip": 0.4}
     losses, norms, rows, final_routers = at_stage_0[bf16, gate]
-    assert losses[-1] < losses[0] - 0.1 and max(norms) > 0.5
+    assert losses[-1] < losses[0] - 0.1 and max(norms) > 0.4
     other_losses, other_norms, other_rows, other_routers = five_steps(make_engine(**settings, **STAGES[name]), 2)
     assert other_losses == pytest.approx(losses, abs=1e-4)
     assert other_norms == pytest.approx(norms, abs=1e-4)
