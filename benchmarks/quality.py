@@ -128,9 +128,7 @@ def main() -> int:
     sized = plan.sizes(runner, scope, few)
     many, ablated = None, []
     if args.full:
-        # The others have fallen behind with fewer facts, and a dense trial would take half an hour here, on a core.
-        rates = {method: scope.rates[method] for method in ("meft", "lora_equal_bytes")}
-        wide = replace(scope, trial=Trial("meft", facts=MANY), rates=rates)
+        wide = replace(scope, trial=Trial("meft", facts=MANY), rates=plan.RATES_OF_MANY)
         many = plan.compare(runner, wide, model, FIRST_LAYER)
         ablated = plan.ablations(runner, scope, few)
 

@@ -1,5 +1,6 @@
 """What is tried that no configuration offers: changes to an engine between its construction and its first step.
 
+* ``key_noise``: how much of it there is in the keys, in place of twice the FFN's row; they stay as large.
 * ``key_order: "alike"``: rows are sorted by balanced k-means, so that the keys of an expert are alike; ``"random"``.
 * ``router_init: "random"``: Gaussian routers of the same size, in place of the mean keys of their experts.
 * ``router_scale``: routers start so many times as large: the inverse of a temperature.
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import meft_engine
-from meft_engine.adapter.initialize import initial_router, seed_of_layer
+from meft_engine.adapter.initialize import NOISE, initial_keys, initial_router, seed_of_layer
 from meft_engine.adapter.module import SparseAdapter
 
 _ROUNDS = 20
@@ -34,6 +35,17 @@ def apply(variant: Mapping[str, Any], engine: meft_engine.MeftEngine, seed: int)
             raise ValueError(f"variant {name!r} is none of {', '.join(_VARIANTS)}")
         for index, adapter in enumerate(engine.meft_adapters.adapters.values()):
             _VARIANTS[name](engine, adapter, value, torch.Generator().manual_seed(seed_of_layer(seed, index)))
+
+
+@torch.no_grad()
+def _noise_keys(
+    engine: meft_engine.MeftEngine, adapter: SparseAdapter, noise: float, generator: torch.Generator
+) -> None:
+    ffn = next(ffn for ffn in engine.meft_adapters.ffns.values() if ffn.module.meft_adapter is adapter)
+    keys = initial_keys(ffn.gate_weight, adapter.keys.rows, "ffn", generator.initial_seed(), noise)
+    keys *= ((1 + NOISE**2) / (1 + noise**2)) ** 0.5
+    adapter.keys.fill(keys)
+    adapter.router.copy_(initial_router(keys, adapter.router.shape[0]))
 
 
 @torch.no_grad()
@@ -74,6 +86,7 @@ def _drop_picks(
 
 
 _VARIANTS: dict[str, Callable[..., None]] = {
+    "key_noise": _noise_keys,
     "key_order": _order_keys,
     "router_init": _init_router,
     "router_scale": _scale_router,

@@ -6,34 +6,34 @@ import torch
 from torch import Tensor
 
 NOISE = 2.0
-"""Noise in keys, as a multiple of the root mean square of the FFN's row: measured, see ``docs/quality.md``."""
+"""Noise in keys, as a multiple of the root mean square of the FFN's row: measured, by ``benchmarks/quality.py``."""
 
 
-def initial_keys(gate_weight: Tensor, rows: int, method: str, seed: int) -> Tensor:
+def initial_keys(gate_weight: Tensor, rows: int, method: str, seed: int, noise: float = NOISE) -> Tensor:
     """The keys of one layer. Rows of the FFN carry scale and directions that matter; noise sets them apart.
 
     ``ffn``: the FFN's gate rows in their order, from the first again where they run out, each with Gaussian noise of
-    twice its own root mean square. ``random``: Gaussian, as large as these.
+    ``noise`` times its own root mean square. ``random``: Gaussian, as large as these.
 
     Args:
         gate_weight: [f, d] the FFN's gate projection, any float dtype and device.
-        rows: r. method: ``ffn`` or ``random``. seed: of the layer.
+        rows: r. method: ``ffn`` or ``random``. seed: of the layer. noise: its size.
 
     Returns:
         [r, d] float32 on the CPU; no two rows are equal.
     """
     count, width = gate_weight.shape
-    noise = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    keys = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
     source = gate_weight.detach().float().cpu()
     # In float64: else the order in which a layout is summed would show in the keys.
     sizes = torch.linalg.vector_norm(source, dim=1, keepdim=True, dtype=torch.float64) / width**0.5
     overall = float(sizes.square().mean().sqrt()) or width**-0.5
     if method == "random":
-        return noise.mul_(overall * (1 + NOISE**2) ** 0.5)
+        return keys.mul_(overall * (1 + noise**2) ** 0.5)
     # An all-zero row would stay zero under noise of its own size.
     sizes = torch.where(sizes > 0, sizes, overall).float()
     of_row = torch.arange(rows) % count
-    return noise.mul_(NOISE * sizes[of_row]).add_(source[of_row])
+    return keys.mul_(noise * sizes[of_row]).add_(source[of_row])
 
 
 def seed_of_layer(seed: int, index: int) -> int:

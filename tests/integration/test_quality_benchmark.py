@@ -101,6 +101,59 @@ def test_keys_that_are_alike_are_put_together_in_groups_of_equal_size(groups):
     assert together >= groups - 2  # k-means may start with two centers in one cluster
 
 
+@pytest.fixture
+def engine(model_folder):
+    adapter = {"rows": 96, "num_experts": 12, "experts_per_token": 3, "top_k": 6, "init_keys": "ffn"}
+    built = methods.build(Trial("meft", adapter=adapter), TopLayers(model_folder, FIRST_LAYER), lambda optimizer: None)
+    yield built
+    built.destroy()
+
+
+@pytest.mark.parametrize("noise, cosine", [(0.01, 1.0), (0.5, 0.894), (1000.0, 0.0)])
+def test_keys_of_other_noise_are_as_large(noise, cosine, engine):
+    adapters, ffns = engine.meft_adapters.adapters, engine.meft_adapters.ffns
+    sizes = {name: float(adapter.keys.master.norm()) for name, adapter in adapters.items()}
+    variants.apply({"key_noise": noise}, engine, seed=5)
+    for name, adapter in adapters.items():
+        keys, rows = adapter.keys.master, ffns[name].gate_weight
+        assert float(keys.norm()) == pytest.approx(sizes[name], rel=0.05)
+        found = torch.nn.functional.cosine_similarity(keys, rows.repeat(2, 1)).mean()
+        assert float(found) == pytest.approx(cosine, abs=0.06)
+        torch.testing.assert_close(adapter.router.detach(), keys.view(12, 8, -1).mean(1))
+
+
+@pytest.mark.parametrize(
+    "name, value, changes",
+    [
+        ("key_order", "alike", "keys router"),
+        ("key_order", "random", "keys router"),
+        ("router_init", "random", "router"),
+        ("router_scale", 3.0, "router"),
+    ],
+)
+def test_variants_change_what_they_are_about(name, value, changes, engine):
+    def parts() -> dict[str, torch.Tensor]:
+        adapter = next(iter(engine.meft_adapters.adapters.values()))
+        return {"keys": adapter.keys.master.clone(), "router": adapter.router.detach().clone()}
+
+    before = parts()
+    variants.apply({name: value}, engine, seed=5)
+    after = parts()
+    assert {part for part in before if not torch.equal(before[part], after[part])} == set(changes.split())
+    if name == "key_order":
+        assert sorted(map(tuple, after["keys"].tolist())) == sorted(map(tuple, before["keys"].tolist()))
+        torch.testing.assert_close(after["router"], after["keys"].view(12, 8, -1).mean(1))
+    elif name == "router_scale":
+        torch.testing.assert_close(after["router"], 3 * before["router"])
+    else:
+        assert float(after["router"].norm()) == pytest.approx(float(before["router"].norm()), rel=0.2)
+
+
+def test_an_unknown_variant_is_named(engine):
+    with pytest.raises(ValueError, match="variant 'other' is none of key_noise, key_order"):
+        variants.apply({"other": 1}, engine, seed=5)
+
+
 def result(method: str, match: float, perplexity: float, **trial: Any) -> Result:
     return Result(Trial(method, **trial), {"trained_exact_match": match, "perplexity_after": perplexity})
 
@@ -221,7 +274,7 @@ class Inventing(Runner):
 
     def _conduct(self, trials: list[Trial], title: str) -> None:
         for trial in trials:
-            best = {"meft": 5e-3, "lora": 8e-3 if trial.rank == 16 else 3e-3, "dense": 1e-3}[trial.method]
+            best = {"meft": 2.5e-3, "lora": 8e-3 if trial.rank == 16 else 3e-3, "dense": 1e-3}[trial.method]
             if trial.method == "meft":
                 MeftConfig.from_block(trial.block)  # an engine would be refused, hours later
             off = abs(math.log(trial.learning_rate / best))
@@ -260,7 +313,7 @@ def test_the_whole_benchmark_ends_in_files_a_page_and_one_line(arguments, model_
     monkeypatch.setattr(quality, "FIRST_LAYER", FIRST_LAYER)
     assert quality.main() == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert last["meft"]["learning_rate"] == 5e-3 and last["lora_16"]["learning_rate"] == 8e-3
+    assert last["meft"]["learning_rate"] == 2.5e-3 and last["lora_16"]["learning_rate"] == 8e-3
     assert last["meft"]["second_wording"] == pytest.approx(0.59) and last["meft"]["second_wording_spread"] == 0.01
     assert last["lora_equal_bytes"]["rank"] > 16
     figures = last["figures"]
@@ -273,7 +326,7 @@ def test_the_whole_benchmark_ends_in_files_a_page_and_one_line(arguments, model_
     monkeypatch.setattr(quality_page, "PAGE", tmp_path / "page.md")
     quality_page.main()
     page = (tmp_path / "page.md").read_text()
-    assert "| MEFT, 8192 rows | 0.005 | 0.900 ± 0.000 | 0.590 ± 0.010 |" in page and "$" not in page
+    assert "| MEFT, 8192 rows | 0.0025 | 0.900 ± 0.000 | 0.590 ± 0.010 |" in page and "$" not in page
     assert ("## 1,500 facts" in page) == ("| gate = none |" in page) == bool(arguments)
     for picture in re.findall(r"results/(\S+\.png)", page):
         assert (tmp_path / "results" / picture).is_file()
