@@ -59,8 +59,8 @@ MORE_TOP_KS = {4: (2.5e-3, 5e-3), 16: (1.25e-3, 2.5e-3, 5e-3), 64: (1.25e-3, 2.5
 MORE_CAPS = (0.03, 0.06)
 
 RATES_OF_MANY = {"meft": (1.25e-3, 2.5e-3, 5e-3), "lora_equal_bytes": (1e-3, 2e-3, 4e-3)}
-"""With 1,500 facts, which take more steps. The other methods have fallen behind with fewer, and a dense trial would then
-take half an hour on a core."""
+"""With 1,500 facts, which take more steps. The other methods have fallen behind with fewer; a dense trial would then
+take half an hour."""
 
 
 @dataclass(frozen=True)
