@@ -52,7 +52,7 @@ class AdapterConfig(_Section):
     experts_per_token: int = Field(8, ge=1)
     """Experts whose rows a token scores (the n best by the router). At most ``num_experts``."""
 
-    top_k: int = Field(32, ge=1)
+    top_k: int = Field(28, ge=1)
     """Rows that a token keeps at most (the K largest positive activations among its experts' rows)."""
 
     gate: Literal["softmax", "sigmoid", "none"] = "softmax"

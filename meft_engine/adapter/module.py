@@ -51,10 +51,10 @@ class SparseAdapter(nn.Module):
         """Called after each selection (not when one is replayed) with it, the activations [T, K] of its picks, and what
         the cap did."""
         # [N] float32, added to logits in the choice of experts; not a buffer, which would be cast and counted.
-        bias = torch.zeros(router.shape[0], device=router.device) if config.router.balance == "bias" else None
+        bias = torch.zeros(router.shape[0], device=keys.device) if config.router.balance == "bias" else None
         self.__dict__["expert_bias"] = bias
         # [d] float32, subtracted from inputs; zeros until the first training micro-batch, and not a buffer as above.
-        center = torch.zeros(router.shape[1], device=router.device) if config.adapter.center_inputs else None
+        center = torch.zeros(router.shape[1], device=keys.device) if config.adapter.center_inputs else None
         self.__dict__["center"] = center
         self._center_known = False
         # What the training loss is multiplied by before its backward, for losses that are added here.

@@ -86,7 +86,8 @@ def batch(seed: int, size: int = 4, length: int = 12, vocab: int = VOCAB) -> Ten
 
 
 def lm_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """The language-modelling loss of a model or an engine."""
+    """The language-modelling loss of a model or an engine, wherever it computes."""
+    ids = ids.to(next(model.parameters()).device)
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
@@ -122,7 +123,7 @@ def router_values(engine: Any) -> dict[str, Tensor]:
     found = routers(engine)
     partitioned = [router for router in found.values() if hasattr(router, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned):
-        return {name: router.detach().clone() for name, router in found.items()}
+        return {name: router.detach().cpu().clone() for name, router in found.items()}
 
 
 def row_gradients(engine: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -135,8 +136,8 @@ def router_gradients(engine: Any) -> dict[str, Tensor]:
     """A copy of the gradients of the routers that are trained, as fp32."""
     trained = {name: router for name, router in routers(engine).items() if router.requires_grad}
     if engine.zero_optimization_stage():
-        return {name: safe_get_full_grad(router).float().clone() for name, router in trained.items()}
-    return {name: router.grad.float().clone() for name, router in trained.items()}
+        return {name: safe_get_full_grad(router).float().cpu().clone() for name, router in trained.items()}
+    return {name: router.grad.float().cpu().clone() for name, router in trained.items()}
 
 
 def router_state(engine: Any) -> dict[str, Tensor]:
@@ -145,9 +146,9 @@ def router_state(engine: Any) -> dict[str, Tensor]:
     optimizer = engine.basic_optimizer
     for group_id, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            state[f"{group_id}.{index}/fp32"] = parameter.detach().clone()
+            state[f"{group_id}.{index}/fp32"] = parameter.detach().cpu().clone()
             for kind, value in optimizer.state.get(parameter, {}).items():
-                state[f"{group_id}.{index}/{kind}"] = torch.as_tensor(value).clone()
+                state[f"{group_id}.{index}/{kind}"] = torch.as_tensor(value).cpu().clone()
     return state
 
 
@@ -156,7 +157,7 @@ def row_state(engine: Any) -> dict[str, Tensor]:
     state = {}
     for name, table in tables(engine).items():
         state[name] = table.master.clone()
-        state[f"{name}/compute"] = table.gather(torch.arange(table.rows)).clone()
+        state[f"{name}/compute"] = table.gather(torch.arange(table.rows)).cpu().clone()
         for kind, value in engine.row_optimizer.state[table.handle].items():
             state[f"{name}/{kind}"] = value.clone()
     return state
@@ -179,4 +180,6 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest absolute difference between equally named tensors."""
     assert one.keys() == other.keys() and one
-    return max(float((one[name].detach().double() - other[name].detach().double()).abs().max()) for name in one)
+    return max(
+        float((one[name].detach().cpu().double() - other[name].detach().cpu().double()).abs().max()) for name in one
+    )

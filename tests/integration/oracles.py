@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_kernels import reference
+from tests.integration.engines import router_values
 
 
 class DenseParallelAdapter(nn.Module):
@@ -43,32 +44,32 @@ def dense_twin(model: nn.Module, engine: Any) -> nn.Module:
     return _twin(
         model,
         engine,
-        lambda ffn, adapter: DenseParallelAdapter(ffn, adapter.keys.master, adapter.values.master),
+        lambda name, ffn, adapter: DenseParallelAdapter(ffn, adapter.keys.master, adapter.values.master),
     )
 
 
 def reference_twin(model: nn.Module, engine: Any) -> nn.Module:
     """The frozen ``model`` with reference adapters in the present state of the engine's rows, routers and centers."""
-    block = engine.meft_adapters.config.adapter
+    block, routers = engine.meft_adapters.config.adapter, router_values(engine)
     shape = {"experts_per_token": block.experts_per_token, "top_k": block.top_k, "gate": block.gate}
     return _twin(
         model,
         engine,
-        lambda ffn, adapter: ReferenceAdapter(
+        lambda name, ffn, adapter: ReferenceAdapter(
             ffn,
             adapter.keys.master,
             adapter.values.master,
-            adapter.router.detach(),
-            {**shape, "center": adapter.center.clone() if adapter.center is not None else None},
+            routers[name],
+            {**shape, "center": adapter.center.cpu().clone() if adapter.center is not None else None},
         ),
     )
 
 
-def _twin(model: nn.Module, engine: Any, make: Callable[[nn.Module, Any], nn.Module]) -> nn.Module:
+def _twin(model: nn.Module, engine: Any, make: Callable[[str, nn.Module, Any], nn.Module]) -> nn.Module:
     model.requires_grad_(False)
     for name, adapter in engine.meft_adapters.adapters.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, make(model.get_submodule(name), adapter))
+        setattr(model.get_submodule(parent), child, make(name, model.get_submodule(name), adapter))
     return model
 
 

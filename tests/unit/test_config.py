@@ -19,7 +19,7 @@ from meft_engine.cores import rank_cores
 # The defaults of DESIGN.md's block, for the fields whose code exists.
 DESIGNED = json.loads("""{
   "enabled": true,
-  "adapter": { "rows": 8192, "num_experts": null, "experts_per_token": 8, "top_k": 32, "gate": "softmax",
+  "adapter": { "rows": 8192, "num_experts": null, "experts_per_token": 8, "top_k": 28, "gate": "softmax",
                "target_modules": null, "layers_to_transform": null, "init_keys": "ffn",
                "center_inputs": true, "freeze_base": true, "seed": 42 },
   "router": { "lr_scale": 1.0, "balance": "loss", "balance_coef": 0.01, "z_loss_coef": 0.0 },
@@ -87,7 +87,7 @@ BAD = {
     ),
     "cap under top_k": (
         {"active_rows": {"cap": 15}},
-        ["active_rows.cap", "15", "adapter.top_k = 32", "at least 32"],
+        ["active_rows.cap", "15", "adapter.top_k = 28", "at least 28"],
     ),
     "no cap": ({"active_rows": {"cap": 0}}, ["active_rows.cap", "0", "1"]),
     "unknown overflow": (
