@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-slow bench-optimizer bench-quality bench-quality-full quality-page lint format clean
+.PHONY: venv demo test test-families test-slow test-gpu bench-optimizer bench-quality bench-quality-full quality-page lint format clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,10 @@ test-families: $(STAMP)
 # What first compiles DeepSpeed's own operators, a minute each.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -x -q -m slow $(PYTEST_ARGS)
+
+# The engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu -x -q $(PYTEST_ARGS)
 
 # What plots need is only installed for them.
 $(BENCH_STAMP): $(STAMP)
