@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import meft_engine
 from learning.top_layers import TopLayers
 from learning.trial import Trial
-from meft_engine.adapter.initialize import initial_keys, seed_of_layer
+from meft_engine.adapter.initialize import NOISE, initial_keys, seed_of_layer
 
 BYTES_PER_TRAINED_PARAMETER = 16
 """On the device, under Adam: in fp32 the parameter, its gradient and two moments; in bf16 the former are half as large,
@@ -43,7 +43,8 @@ def build(trial: Trial, model: TopLayers, schedule: Callable[[Any], Any]) -> dee
     elif trial.method == "lora":
         network = peft.get_peft_model(model, lora_settings(trial.rank))
     elif trial.method == "dense":
-        add_dense_adapters(model, trial.rows, trial.seed, centered=trial.variant.get("center_inputs", False))
+        centered, noise = trial.variant.get("center_inputs", False), trial.variant.get("key_noise", NOISE)
+        add_dense_adapters(model, trial.rows, trial.seed, centered=centered, noise=noise)
     else:
         raise ValueError(f"method = {trial.method!r} is none of meft, lora, dense")
     trained = None if trial.method == "meft" else _groups(network, trial)
@@ -76,16 +77,17 @@ def lora_rank_of_bytes(device_bytes: float, layers: nn.ModuleList) -> int:
 
 
 class DenseAdapter(nn.Module):
-    """A parallel adapter that computes with all rows: ``ReLU(h Aᵀ) B``, keys and values starting as MEFT's do.
+    """A parallel adapter that computes with all rows: ``ReLU(h Aᵀ) B``, values starting at zero.
 
     Args:
         centered: subtract the mean input of the first training batch, as MEFT does.
+        noise: in the keys, as multiples of the FFN's rows.
     """
 
-    def __init__(self, gate_weight: Tensor, rows: int, seed: int, centered: bool) -> None:
+    def __init__(self, gate_weight: Tensor, rows: int, seed: int, centered: bool, noise: float) -> None:
         super().__init__()
         self._centered, self._center = centered, torch.zeros(gate_weight.shape[1])
-        self.keys = nn.Parameter(initial_keys(gate_weight, rows, "ffn", seed))
+        self.keys = nn.Parameter(initial_keys(gate_weight, rows, "ffn", seed, noise))
         self.values = nn.Parameter(torch.zeros_like(self.keys))
 
     def forward(self, h: Tensor, real: Tensor) -> Tensor:
@@ -95,10 +97,11 @@ class DenseAdapter(nn.Module):
         return F.relu((h - self._center) @ self.keys.T) @ self.values
 
 
-def add_dense_adapters(model: TopLayers, rows: int, seed: int, *, centered: bool = False) -> None:
+def add_dense_adapters(model: TopLayers, rows: int, seed: int, *, centered: bool = False, noise: float = NOISE) -> None:
     """Put a dense adapter beside every FFN."""
     for index, layer in enumerate(model.model.layers):
-        layer.mlp.dense_adapter = DenseAdapter(layer.mlp.gate_proj.weight, rows, seed_of_layer(seed, index), centered)
+        seed_of_keys = seed_of_layer(seed, index)
+        layer.mlp.dense_adapter = DenseAdapter(layer.mlp.gate_proj.weight, rows, seed_of_keys, centered, noise)
         layer.mlp.register_forward_hook(lambda mlp, args, output: output + mlp.dense_adapter(args[0], model.real))
 
 

@@ -9,10 +9,12 @@ from learning import methods
 from learning.runner import Result, Runner
 from learning.top_layers import TopLayers
 from learning.trial import Trial
+from meft_engine.adapter.initialize import NOISE
 from meft_engine.config import MeftConfig, OptimizerConfig
 
 ROWS = MeftConfig().adapter.rows
 LORA_RANK = 16
+DENSE_KEY_NOISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def compare(runner: Runner, scope: Scope, model: str, first_layer: int) -> Compa
     first = tuned({"meft": common, "lora_16": lora})
     layers = TopLayers(model, first_layer).model.layers
     rank = methods.lora_rank_of_bytes(first.results("meft")[0]["device_bytes"], layers)
-    dense = replace(common, method="dense", rows=scope.rows, adapter={})
+    # Where all rows compute, little noise in the keys is best.
+    dense = replace(common, method="dense", rows=scope.rows, adapter={}, variant={"key_noise": DENSE_KEY_NOISE})
     return first + tuned({"lora_equal_bytes": lora.but(rank=rank), "dense": dense})
 
 
@@ -166,6 +169,8 @@ def ablations(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entr
     centered = dense.but(variant={"center_inputs": True})
     faster = centered.but(variant={"value_lr_scale": OptimizerConfig().value_lr_scale})
     changed += [("dense", dense), ("dense, centered", centered), ("dense, centered, fast values", faster)]
+    # Keys of more noise are larger, too large for the same rate.
+    changed += [("dense, keys as MEFT's", dense.but(variant={"key_noise": NOISE}, learning_rate=5e-4))]
     grid = [
         (label, trial.but(seed=seed))
         for label, trial in changed
