@@ -124,13 +124,13 @@ def main() -> int:
     if args.full:
         scope = replace(scope, top_ks=plan.MORE_TOP_KS, caps=plan.MORE_CAPS)
     few = plan.compare(runner, scope, model, FIRST_LAYER)
-    sparse = plan.sparsity(runner, scope, few)
-    sized = plan.sizes(runner, scope, few)
-    many, ablated = None, []
+    many = None
     if args.full:
         wide = replace(scope, trial=Trial("meft", facts=MANY), rates=plan.RATES_OF_MANY)
         many = plan.compare(runner, wide, model, FIRST_LAYER)
-        ablated = plan.ablations(runner, scope, few)
+    sparse = plan.sparsity(runner, scope, few)
+    sized = plan.sizes(runner, scope, few)
+    ablated = plan.ablations(runner, scope, few) if args.full else []
 
     found = {} if args.quick else figures(few, sparse, many)
     out = args.work / "quick" if args.quick else args.out

@@ -93,23 +93,39 @@ def _apart(one: Sequence[Line], other: Sequence[Line], column: str, deviation: f
     return abs(_mean(one, column) - _mean(other, column)) > 2 * error
 
 
+def _perplexity(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
 def _sizes(lines: Sequence[Line]) -> str:
     table = [
         "## Exact match against size",
         "",
-        "| | exact match | second wording | perplexity | on the device | touched by a micro-batch, by text |",
-        "|---|---|---|---|---|---|",
+        "Of the learning rates that were tried with each size, the one with the lowest loss on what was trained.",
+        "",
+        "| | learning rate | exact match | second wording | perplexity | on the device "
+        "| touched by a micro-batch of questions, of text |",
+        "|---|---|---|---|---|---|---|",
     ]
+    best: dict[tuple[str, str], Line] = {}
     for line in lines:
         if line["study"] == "sizes":
-            share = ""
-            if line["method"] == "meft":
-                share = f"{float(line['touched_last_epoch']):.1%}, {float(line['text_touched_end']):.1%}"
-            table.append(
-                f"| {line['label']}, {line['settings']} | {float(line['exact_match']):.3f} | "
-                f"{float(line['second_wording']):.3f} | {float(line['perplexity_after']):.1f} | "
-                f"{float(line['device_mib']):.0f} MiB | {share} |"
-            )
+            size = line["label"], line["settings"]
+            best[size] = min(line, best.get(size, line), key=lambda line: float(line["trained_loss"]))
+    for line in best.values():
+        share = ""
+        if line["method"] == "meft":
+            share = f"{float(line['touched_last_epoch']):.1%}, {float(line['text_touched_end']):.1%}"
+        cells = [
+            f"{line['label']}, {line['settings'].split(', ')[0]}",
+            f"{float(line['learning_rate']):g}",
+            f"{float(line['exact_match']):.3f}",
+            f"{float(line['second_wording']):.3f}",
+            _perplexity(float(line["perplexity_after"])),
+            f"{float(line['device_mib']):.0f} MiB",
+            share,
+        ]
+        table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
 
 
@@ -131,7 +147,7 @@ def _methods(lines: Sequence[Line]) -> str:
             f"{float(best[0]['learning_rate']):g}",
             _with_spread(best, "exact_match"),
             _with_spread(best, "second_wording"),
-            f"{_mean(best, 'perplexity_before'):.1f} → {_mean(best, 'perplexity_after'):.1f}",
+            f"{_mean(best, 'perplexity_before'):.1f} → {_perplexity(_mean(best, 'perplexity_after'))}",
             f"{_mean(best, 'device_mib'):.0f} MiB",
             f"{_mean(best, 'seconds_per_step'):.2f} s",
         ]
@@ -197,7 +213,7 @@ def _ablations(lines: Sequence[Line]) -> str:
             shown = _with_spread(group, column)
             matches.append(f"**{shown}**" if _apart(group, defaults, column, deviation) else shown)
         table.append(
-            f"| {label} | {' | '.join(matches)} | {_mean(group, 'perplexity_after'):.1f} | {touched} | {dead} "
+            f"| {label} | {' | '.join(matches)} | {_perplexity(_mean(group, 'perplexity_after'))} | {touched} | {dead} "
             f"| {same} | {_mean(group, 'seconds_per_step'):.2f} s |"
         )
     return "\n".join(table)

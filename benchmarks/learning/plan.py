@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -34,9 +35,15 @@ class Scope:
             "dense": (5e-4, 1.5e-3, 4.5e-3),
         }
     )
-    meft_sizes: tuple[int, ...] = (64, 256, 1024, 4096)
-    dense_sizes: tuple[int, ...] = (64, 256, 1024, 4096)
-    lora_sizes: tuple[int, ...] = (4, 64)
+    sizes: Mapping[str, Mapping[int, tuple[float, ...]]] = field(
+        default_factory=lambda: {
+            "meft": {64: (1, 4), 256: (1, 2), 1024: (1,), 4096: (1,)},
+            "dense": {64: (1, 8), 256: (1, 4), 1024: (1, 2), 4096: (1,)},
+            "lora": {4: (1, 2), 64: (1,)},
+        }
+    )
+    """Rows, or LoRA's rank, and learning rates to be tried, as multiples of the best one of the comparison: what is
+    smaller wants to learn faster."""
     top_ks: Mapping[int, tuple[float, ...]] = field(default_factory=lambda: {64: (1.25e-3, 2.5e-3, 5e-3)})
     """With the learning rates of each."""
     caps: tuple[float, ...] = ()
@@ -48,9 +55,7 @@ QUICK = Scope(
     rows=64,
     seeds=(0,),
     rates={"meft": (2e-2,), "lora_16": (8e-3,), "lora_equal_bytes": (3e-3,), "dense": (1e-3,)},
-    meft_sizes=(16,),
-    dense_sizes=(),
-    lora_sizes=(),
+    sizes={"meft": {16: (1, 2)}},
     top_ks={4: (2e-2,)},
     caps=(0.5,),
 )
@@ -138,12 +143,23 @@ def _tuned(
 
 
 def sizes(runner: Runner, scope: Scope, comparison: Comparison) -> list[Entry]:
-    """Exact match against the size of the adapter: rows, or LoRA's rank; each with its method's best rate."""
-    best = comparison.best
-    grid = [("meft", best["meft"].but(adapter={"rows": rows})) for rows in scope.meft_sizes]
-    grid += [("dense", best["dense"].but(rows=rows)) for rows in scope.dense_sizes]
-    grid += [("lora", best["lora_16"].but(rank=rank)) for rank in scope.lora_sizes]
+    """Exact match against the size of the adapter: rows, or LoRA's rank. What counts is each size's best trial."""
+    grid = []
+    for method, of_size in scope.sizes.items():
+        for size, factors in of_size.items():
+            trial = _of_size(comparison.best, method, size)
+            grid += [(method, trial.but(learning_rate=factor * trial.learning_rate)) for factor in factors]
     return _entries(runner, "sizes", grid, "Sizes")
+
+
+def _of_size(best: Mapping[str, Trial], method: str, size: int) -> Trial:
+    """A method's best trial with another size; of LoRA the one with the nearest rank."""
+    if method == "meft":
+        return best["meft"].but(adapter={"rows": size})
+    if method == "dense":
+        return best["dense"].but(rows=size)
+    distance = {trial: abs(math.log(trial.rank / size)) for trial in best.values() if trial.method == "lora"}
+    return min(distance, key=distance.get).but(rank=size)
 
 
 def sparsity(runner: Runner, scope: Scope, comparison: Comparison) -> Comparison:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
 
 from learning.plan import ROWS, Comparison, Entry  # noqa: E402
 from learning.runner import Result  # noqa: E402
@@ -71,9 +71,10 @@ def draw_sparsity(path: Path, entries: Sequence[Entry]) -> None:
     middle.axhline(0.98, color="#999999", linestyle="--", linewidth=1)
     middle.set(xlabel="cap, % of the rows", ylabel="kept share of the activation")
     middle.set_title("512 tokens of text, after training", loc="left", fontweight="bold")
-    right.set(xlabel="epoch", ylabel="rows touched by a micro-batch, %", yscale="log")
+    right.set(xlabel="epoch", ylabel="rows touched by a micro-batch, %")
     right.set_title("While training", loc="left", fontweight="bold")
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    right.set_ylim(bottom=0)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (middle, right):
         axis.legend(frameon=False)
         axis.grid(True, color="#dddddd", linewidth=0.6)
@@ -102,9 +103,9 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _sizes(axis: Axes, comparison: Comparison, sized: Sequence[Entry]) -> None:
     curves: dict[str, dict[int, list[Result]]] = {"meft": {}, "dense": {}, "lora": {}}
-    for entry in sized:
-        if entry.study == "sizes":
-            curves[entry.label].setdefault(_size(entry.result), []).append(entry.result)
+    for entry in sorted(sized, key=lambda entry: entry.result["trained_loss"]):
+        if entry.study == "sizes" and _size(entry.result) not in curves[entry.label]:
+            curves[entry.label][_size(entry.result)] = [entry.result]
     for method in comparison.best:
         curve = curves["lora" if "lora" in method else method]
         curve.setdefault(_size(comparison.results(method)[0]), []).extend(comparison.results(method))
@@ -168,8 +169,7 @@ def _front(axis: Axes, entries: Sequence[Entry]) -> None:
             front.append((touched, match))
             axis.annotate(label, (touched, match), xytext=(5, 5), textcoords="offset points", fontsize=8)
     axis.plot(*zip(*front, strict=True), color=_COLORS["meft"], marker="o", linewidth=2)
-    axis.set(xscale="log", xlabel="rows touched by a micro-batch, %", ylabel="exact match")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set(xlabel="rows touched by a micro-batch, %", ylabel="exact match")
     axis.set_title("Pareto front of the settings", loc="left", fontweight="bold")
     axis.grid(True, color="#dddddd", linewidth=0.6)
 
