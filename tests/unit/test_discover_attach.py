@@ -240,3 +240,14 @@ def test_a_peft_model_keeps_what_peft_trains():
     named = dict(model.named_parameters())
     assert all(named[name].grad is not None for name in trained | routers)
     assert all(table.gradient().grad.abs().sum() > 0 for table in attached.tables())
+
+
+@pytest.mark.parametrize("balance", ["bias", "none"])
+def test_what_inputs_meet_is_where_the_model_computes(balance):
+    """Adapters are attached before DeepSpeed moves the model, and these are not moved with it."""
+    config = tiny_config({"center_inputs": True}, router={"balance": balance})
+    attached = attach(tiny_llama(), config, compute_dtype=torch.float32, device="meta")
+    for adapter in attached.adapters.values():
+        assert adapter.center.device.type == "meta"
+        assert adapter.expert_bias is None or adapter.expert_bias.device.type == "meta"
+        assert (adapter.expert_bias is not None) == (balance == "bias")
