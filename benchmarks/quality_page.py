@@ -38,6 +38,7 @@ def main() -> None:
     few = [line for line in lines if line["facts"] == compared[0]]
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     text = template.substitute(
+        figures=_figures(_read(f"{stem}_figures.csv")),
         methods="\n\n".join(methods),
         sparsity=f"{_sparsity(few)}\n\n{_picture(f'{stem}_sparsity')}",
         sizes=_sizes(few),
@@ -53,6 +54,15 @@ def _read(name: str) -> list[Line]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _figures(lines: Sequence[Line]) -> str:
+    table = ["| | figure | target | |", "|---|---|---|---|"]
+    for line in lines:
+        mark = "reached" if line["reached"] == "yes" else "**missed**"
+        what = line["what"][0].upper() + line["what"][1:]
+        table.append(f"| {what} (`{line['figure']}`) | {float(line['value']):.3f} | {line['target']} | {mark} |")
+    return "\n".join(table)
 
 
 def _picture(stem: str) -> str:

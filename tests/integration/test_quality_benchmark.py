@@ -327,6 +327,8 @@ def test_the_whole_benchmark_ends_in_files_a_page_and_one_line(arguments, model_
     quality_page.main()
     page = (tmp_path / "page.md").read_text()
     assert "| MEFT, 8192 rows | 0.0025 | 0.900 ± 0.000 | 0.590 ± 0.010 |" in page and "$" not in page
+    assert "(`text_touched`) | 0.200 | ≤ 0.3 | reached |" in page
+    assert "(`kept_mass`) | 0.100 | ≥ 0.98 | **missed** |" in page
     assert ("## 1,500 facts" in page) == ("| gate = none |" in page) == bool(arguments)
     for picture in re.findall(r"results/(\S+\.png)", page):
         assert (tmp_path / "results" / picture).is_file()
