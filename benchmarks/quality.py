@@ -69,7 +69,7 @@ def figures(few: plan.Comparison, sparse: plan.Comparison, many: plan.Comparison
         found["second_wording_over_equal_bytes_1500"] = (
             methods["meft"]["second_wording"] - methods["lora_equal_bytes"]["second_wording"]
         )
-    return found
+    return {name: found[name] for name in TARGETS if name in found}
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def main() -> int:
     plots.draw_methods(out / f"{stem}.png", few, sized)
     if many:
         plots.draw_methods(out / f"{stem}_{MANY}.png", many, [])
-    plots.draw_sparsity(out / f"{stem}_sparsity.png", few.chosen() + sparse.chosen() + ablated)
+    plots.draw_sparsity(out / f"{stem}_sparsity.png", few.chosen() + sparse.chosen())
     show(tables.by_method(few), scope.trial.facts)
     if many:
         show(tables.by_method(many), MANY)

@@ -27,18 +27,22 @@ _SMOOTHED = 5
 
 
 def draw_methods(path: Path, comparison: Comparison, sized: Iterable[Entry]) -> None:
-    """Loss against step and seconds, exact match against size, perplexity against exact match."""
+    """Loss against step and seconds, exact match against size if sizes were tried, perplexity against exact match."""
     _style()
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
-    for index, (axis, title) in enumerate(zip(axes[0], ("step", "seconds on one core"), strict=True)):
+    sized = list(sized)
+    shape = {"nrows": 2, "ncols": 2, "figsize": (12, 9)} if sized else {"ncols": 3, "figsize": (16, 4.8)}
+    figure, axes = plt.subplots(**shape, layout="constrained")
+    by_step, by_time, *others = axes.flat
+    for index, (axis, title) in enumerate(((by_step, "step"), (by_time, "seconds on one core"))):
         for method in comparison.best:
             _losses(axis, comparison.results(method), method, seconds=bool(index))
         axis.set(xlabel=title, ylabel="training loss", yscale="log")
         axis.set_title(f"Loss against {title.split()[0]}", loc="left", fontweight="bold")
         axis.grid(True, color="#dddddd", linewidth=0.6)
-    axes[0][0].legend(frameon=False)
-    _sizes(axes[1][0], comparison, list(sized))
-    _forgetting(axes[1][1], comparison)
+    by_step.legend(frameon=False)
+    if sized:
+        _sizes(others[0], comparison, sized)
+    _forgetting(others[-1], comparison)
     facts = comparison.best["meft"].facts
     figure.supxlabel(
         f"{facts} facts, SmolLM2-135M, adapters in its last ten layers; best learning rate of each method, bands: "
