@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -26,10 +26,9 @@ _SMOOTHED = 5
 """Steps over which a loss curve is averaged."""
 
 
-def draw_methods(path: Path, comparison: Comparison, sized: Iterable[Entry]) -> None:
+def draw_methods(path: Path, comparison: Comparison, sized: Sequence[Entry]) -> None:
     """Loss against step and seconds, exact match against size if sizes were tried, perplexity against exact match."""
     _style()
-    sized = list(sized)
     shape = {"nrows": 2, "ncols": 2, "figsize": (12, 9)} if sized else {"ncols": 3, "figsize": (16, 4.8)}
     figure, axes = plt.subplots(**shape, layout="constrained")
     by_step, by_time, *others = axes.flat
