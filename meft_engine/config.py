@@ -248,6 +248,16 @@ class OptimizerConfig(_Section):
         return self
 
 
+class CommunicationConfig(_Section):
+    """How several ranks train one adapter."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of row gradients on their way to the ranks that own the rows; sums are in fp32."""
+
+    timeout: float = Field(300.0, ge=1.0, allow_inf_nan=False)
+    """Seconds after which a rank that is silent, or that the others wait for, counts as lost and ends the run."""
+
+
 class CheckpointConfig(_Section):
     """What ``save_checkpoint`` writes."""
 
@@ -279,6 +289,7 @@ class MeftConfig(_Section):
     active_rows: ActiveRowsConfig = ActiveRowsConfig()
     offload: OffloadConfig = OffloadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
 

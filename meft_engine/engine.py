@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from meft_engine import trainer_logs, watching
-from meft_engine.adapter.attach import DTYPES, attach
+from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
 from meft_engine.checkpoint import adapter_files, engine_state, save_pretrained
 from meft_engine.config import MeftConfig, MeftConfigError, find_block
-from meft_engine.cores import rank_cores
+from meft_engine.cores import claim_cores, rank_cores, running_on
 from meft_engine.joint_norm import PlainJointNorm, install_joint_norm
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_engine.optim.worker import UpdateWorker
+from meft_engine.parallel.leftovers import remove_leftovers
+from meft_engine.parallel.ranks import find_ranks
+from meft_engine.parallel.shared_step import SharedRows
 from meft_engine.param_groups import (
     as_groups,
     freeze_base,
@@ -59,12 +63,19 @@ class MeftEngine(DeepSpeedEngine):
         if block is None:
             raise MeftConfigError('MeftEngine needs an enabled "meft" block in the DeepSpeed configuration')
         _require_support(config_class, optimizer)
+        _require_support_of_ranks(block, config)
+        self.ranks = ranks = find_ranks(block.communication.timeout)
+        near = ranks.cores.cores if ranks.cores is not None else None
+        claim_cores(near)
+        if ranks.local_rank == 0:
+            remove_leftovers()
         compute_dtype = _compute_dtype(block, config_class)
         device = get_accelerator().current_device_name()
         # Read now: a generator that filters by requires_grad means the parameters as the caller left them.
         client_built = isinstance(optimizer, torch.optim.Optimizer)
         groups = optimizer.param_groups if client_built else as_groups(model, model_parameters)
-        attached = attach(model, block, compute_dtype=compute_dtype, device=device)
+        with running_on(near):
+            attached = attach(model, block, compute_dtype=compute_dtype, device=device, ranks=ranks)
         if block.adapter.freeze_base:
             freeze_base(model)
             for adapter in attached.adapters.values():
@@ -84,15 +95,18 @@ class MeftEngine(DeepSpeedEngine):
         undo_construction_step(self.optimizer)
         self.meft_config = block
         self.meft_adapters = attached
-        with attached.measured():
+        with attached.measured(), running_on(near):
             self.row_optimizer = _row_optimizer(attached, home, block)
         self._joint_norm = install_joint_norm(self)
+        check_others = ranks.lifeline.check if ranks.size > 1 else None
+        timeout = block.optimizer.worker_timeout
         self._row_step = RowStep(
             self.row_optimizer,
             self._joint_norm,
             self.gradient_clipping(),
-            UpdateWorker(block.optimizer.worker_timeout) if block.optimizer.overlap else None,
+            UpdateWorker(timeout, check_others=check_others) if block.optimizer.overlap else None,
             [table.name for table in attached.tables()],
+            _shared_rows(self, attached, block) if ranks.size > 1 else None,
         )
         self.row_optimizer.follow(self.basic_optimizer.param_groups)
         self._window_micro_steps = 0
@@ -104,14 +118,14 @@ class MeftEngine(DeepSpeedEngine):
         self._watch = watching.Watch(self)
         watching.attach_to_model(self)
         trainer_logs.extend()
-        describe(attached, self.row_optimizer)
+        describe(attached, self.row_optimizer, ranks)
 
     # The step
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         use_clock(self.phases)
         self.phases.end("backward")  # of one that failed
-        with phase("forward"):
+        with phase("forward"), self._inside("forward"):
             return super().forward(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -129,11 +143,13 @@ class MeftEngine(DeepSpeedEngine):
         use_clock(self.phases)
         if not self.phases.is_open("backward"):
             self.phases.begin("backward")
+            self._mark("backward", inside=True)
 
     def _backward_epilogue(self) -> None:
         super()._backward_epilogue()
         self._window_micro_steps += 1
         self.phases.end("backward")
+        self._mark("backward", inside=False)
 
     def _loss_factor(self) -> float:
         """What the loss of a micro-step is multiplied by before its backward."""
@@ -143,7 +159,24 @@ class MeftEngine(DeepSpeedEngine):
         if isinstance(self._joint_norm, PlainJointNorm):
             self._joint_norm.clip()
 
+    def _mark(self, place: str, *, inside: bool) -> None:
+        """Tell the other ranks how far training is here; evaluation says nothing of that."""
+        if self.training:
+            places = ("forward", "backward", "step")
+            self.ranks.lifeline.mark(self.micro_steps, places.index(place), inside=inside)
+
+    @contextmanager
+    def _inside(self, place: str) -> Iterator[None]:
+        self._mark(place, inside=True)
+        with self.ranks.communicating():
+            yield
+        self._mark(place, inside=False)
+
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+        with self._inside("step"):
+            self._step_with_rows(lr_kwargs)
+
+    def _step_with_rows(self, lr_kwargs: dict[str, Any] | None) -> None:
         use_clock(self.phases)
         # A bare optimizer has no such attribute, and DeepSpeed's fused one for bf16 has None.
         loss_scale = getattr(self.optimizer, "loss_scale", None) or 1.0
@@ -184,6 +217,8 @@ class MeftEngine(DeepSpeedEngine):
         try:
             self._row_step.close()
         finally:
+            self.ranks.close()
+            claim_cores(None)
             self.row_optimizer.close()
             super().destroy()
 
@@ -269,11 +304,16 @@ class MeftEngine(DeepSpeedEngine):
         """Write the adapter alone (for :func:`meft_engine.load_adapter`) to ``folder``.
 
         Args:
-            state_dict: of the model, if it is at hand; under ZeRO stage 3 it spares gathering the routers.
+            state_dict: of the model, if it is at hand; under ZeRO stage 3 it spares gathering the routers, for which
+                all ranks have to call this. Rank 0 writes.
         """
         self.synchronize_rows()
         adapter_files.save_adapter(
-            self.meft_adapters, Path(folder), read=self.row_optimizer.current, state_dict=state_dict
+            self.meft_adapters,
+            Path(folder),
+            write=self.ranks.rank == 0,
+            read=self.row_optimizer.current,
+            state_dict=state_dict,
         )
 
     def meft_report(self) -> dict[str, Any]:
@@ -315,13 +355,44 @@ def _require_support(config_class: Any, optimizer: Any) -> None:
             "zero_optimization.compute_grad_norm = false is not supported with MEFT, whose rows and parameters share "
             "one norm; leave it out"
         )
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if ranks > 1:
-        raise MeftConfigError(f"{ranks} ranks are not supported with MEFT yet; launch with one process")
     if optimizer is None:
         require_adam_name(config_class.optimizer_name, config_class.optimizer_params)
     elif isinstance(optimizer, torch.optim.Optimizer):
         require_adam(optimizer)
+
+
+def _require_support_of_ranks(block: MeftConfig, config: Mapping[str, Any]) -> None:
+    """Refuse what several ranks cannot do with one adapter."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if ranks == 1:
+        return
+    if block.optimizer.max_staleness:
+        raise MeftConfigError(
+            f"optimizer.max_staleness = {block.optimizer.max_staleness} with {ranks} ranks is refused: each would read "
+            "rows of another age; use 0"
+        )
+    tensor_parallel = config.get("tensor_parallel") or {}
+    size = (tensor_parallel.get("autotp_size") or 1) if isinstance(tensor_parallel, Mapping) else 1
+    if size > 1:
+        raise MeftConfigError(
+            f"tensor_parallel.autotp_size = {size} is not supported with MEFT, whose rows are as wide as the model; "
+            "leave it out and let ZeRO stage 3 partition the base"
+        )
+
+
+def _shared_rows(engine: MeftEngine, attached: AttachedAdapters, block: MeftConfig) -> SharedRows:
+    """Gradients are averaged as DeepSpeed averages those of its parameters: by a mean over ranks that see different
+    data, or by a sum where the engine was told so (which ZeRO stage 3 ignores)."""
+    mean = engine.gradient_average or engine.zero_optimization_partition_weights()
+    different = engine.ranks.size / engine.sequence_parallel_size
+    shape = block.adapter
+    return SharedRows(
+        engine.ranks,
+        attached.tables(),
+        shape.rows // shape.resolved_num_experts,
+        dtype=DTYPES[block.communication.dtype],
+        factor=1 / different if mean else 1.0,
+    )
 
 
 def _row_optimizer(attached: Any, home: dict[str, int], block: MeftConfig) -> SparseCPUAdam:

@@ -11,18 +11,30 @@ _GIB = 1 << 30
 
 
 def host_bytes_needed(
-    config: MeftConfig, layers: int, width: int, *, compute_dtype: torch.dtype, trainable: bool
+    config: MeftConfig,
+    layers: int,
+    width: int,
+    *,
+    compute_dtype: torch.dtype,
+    trainable: bool,
+    ranks: int = 1,
+    ranks_of_node: int = 1,
 ) -> int:
-    """Bytes of host memory that the rows of ``layers`` layers of this ``width`` take.
+    """Bytes of a node's host memory that the rows of ``layers`` layers of this ``width`` take.
 
     Counted: masters (in bf16 as two planes, of which one is the compute copy), and where trainable two moments and an
     int32 step a row; for inference, the compute copies alone. Gradients in flight come on top; they follow the touched
-    rows.
+    rows. With several ranks a node holds every compute copy once, and of the rest the part that its ranks own (all of
+    it where ``optimizer.mode`` is ``"dense_equivalent"``).
     """
     elements = layers * 2 * config.adapter.rows * width
+    if not trainable:
+        return elements * compute_dtype.itemsize
     moment = {"fp32": 4, "bf16": 2}[config.optimizer.moments_dtype]
-    an_element = 4 + 2 * moment if trainable else compute_dtype.itemsize
-    return elements * an_element + (layers * 2 * config.adapter.rows * 4 if trainable else 0)
+    own = elements * (4 - compute_dtype.itemsize + 2 * moment) + layers * 2 * config.adapter.rows * 4
+    if config.optimizer.mode != "dense_equivalent":
+        own = own * ranks_of_node // ranks
+    return elements * compute_dtype.itemsize + own
 
 
 def require_host_memory(needed: int, config: MeftConfig, layers: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from meft_engine.adapter.attach import AttachedAdapters
 from meft_engine.optim.sparse_adam import SparseCPUAdam
+from meft_engine.parallel.ranks import Ranks
 from meft_engine.zero_parameters import full_shape
 
 logger = logging.getLogger("meft_engine")
@@ -57,8 +58,8 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
     }
 
 
-def describe(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> None:
-    """Log in one line what has just been built, and the resolved block."""
+def describe(attached: AttachedAdapters, optimizer: SparseCPUAdam, ranks: Ranks) -> None:
+    """Log in one line what has just been built, and the resolved block; with several ranks, how they share it."""
     report = make_report(attached, optimizer)
     logger.info(
         "MEFT adapter: %d layers × %d rows, %.1f M parameters (%.0f %% of the base), %.2f GiB on the host "
@@ -71,6 +72,17 @@ def describe(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> None:
         report["host_bytes_measured"] / 2**30,
     )
     logger.info("MEFT configuration: %s", attached.config.resolved())
+    if ranks.size > 1:
+        owned = attached.tables()[0].owned
+        logger.info(
+            "MEFT ranks: %s of %d on %d nodes owns rows %d to %d of every layer; %s",
+            ranks.names[ranks.rank],
+            ranks.size,
+            len(ranks.nodes),
+            owned.start,
+            owned.stop - 1,
+            ranks.cores.sentence,
+        )
     if not attached.config.trains_routers:
         logger.warning(
             'adapter.gate = "none" and router.balance = "%s": the router gets no gradient, so routing stays as it was '

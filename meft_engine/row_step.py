@@ -9,6 +9,7 @@ from typing import Any
 from meft_engine.joint_norm import JointNorm, clip_coefficient
 from meft_engine.optim.sparse_adam import RowUpdate, SparseCPUAdam, run_now
 from meft_engine.optim.worker import UpdateError, UpdateWorker
+from meft_engine.parallel.shared_step import SharedRows
 from meft_engine.phases import phase
 
 logger = logging.getLogger("meft_engine")
@@ -22,6 +23,7 @@ class RowStep:
         max_norm: gradient clipping, 0 for none.
         worker: updates rows while the training thread goes on; ``None``: they are updated before the step returns.
         order: names of the tables as the forward meets them.
+        shared: of rows that other ranks train too; ``None``: all rows are this process's.
     """
 
     def __init__(
@@ -31,8 +33,9 @@ class RowStep:
         max_norm: float,
         worker: UpdateWorker | None,
         order: list[str],
+        shared: SharedRows | None = None,
     ) -> None:
-        self.optimizer, self.joint_norm, self.worker = optimizer, joint_norm, worker
+        self.optimizer, self.joint_norm, self.worker, self.shared = optimizer, joint_norm, worker, shared
         self._max_norm = max_norm
         # Updates that are still due when the process ends are finished, and a forgotten engine leaves no thread.
         self._closer = weakref.finalize(self, _close, worker) if worker is not None else None
@@ -44,8 +47,14 @@ class RowStep:
         self.drain()
         self.optimizer.follow(param_groups)
         self._loss_scale = loss_scale
+        if self.shared is None:
+            with phase("norm"):
+                self.joint_norm.rows = self.optimizer.gradient_norm()
+                self.joint_norm.before_step()
+            return
+        with phase("exchange"):
+            self.joint_norm.rows = self.shared.gradient_norm(self.optimizer)
         with phase("norm"):
-            self.joint_norm.rows = self.optimizer.gradient_norm()
             self.joint_norm.before_step()
 
     def finish(self, applied: bool) -> float:
@@ -54,6 +63,8 @@ class RowStep:
         if applied:
             with phase("update"):
                 updates = self.optimizer.updates(clip_coefficient(norm, self._max_norm) / self._loss_scale)
+                if self.shared is not None:
+                    updates = self.shared.with_publication(updates, self.optimizer)
                 self._run(sorted(updates, key=lambda update: self._place[update.table.name]))
         self.optimizer.zero_grad()
         return norm

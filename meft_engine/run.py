@@ -3,8 +3,10 @@
     deepspeed --module meft_engine.run train.py --deepspeed ds_config.json …
     accelerate launch --use_deepspeed … --module meft_engine.run train.py …
     python -m meft_engine.run train.py …                 (-m package.module in place of train.py works too)
+    srun -n 16 python -m meft_engine.run train.py …      (and mpirun; DeepSpeed alone needs mpi4py for that)
 
-It is ``meft_engine.enable()`` before the script's first line and nothing else.
+It is ``meft_engine.enable()`` before the script's first line; ranks of ``srun`` and ``mpirun`` get the variables that
+DeepSpeed's own launcher would set (:func:`meft_engine.launchers.adopt_ranks`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import meft_engine
+from meft_engine.launchers import LaunchError, adopt_ranks
 
 _USAGE = "usage: deepspeed --module meft_engine.run train.py [its arguments]   (or -m package.module for train.py)"
 
@@ -44,7 +47,15 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, bool, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Enable MEFT, and run the script as if it had been started itself."""
+    """Enable MEFT, and run the script as if it had been started itself.
+
+    Raises:
+        SystemExit: with one sentence, if no script is named or ranks cannot find each other.
+    """
+    try:
+        adopt_ranks()
+    except LaunchError as error:
+        sys.exit(f"meft_engine.run: {error}")
     target, is_module, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
     meft_engine.enable()
     sys.argv = [target, *rest]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,8 @@ from meft_engine.adapter.module import SparseAdapter, listen
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.cores import rank_cores
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.parallel.ranks import Ranks
+from meft_engine.parallel.sharding import Sharding, TablePlan
 from meft_engine.planner import host_bytes_needed, require_host_memory
 from meft_engine.zero_parameters import full_shape
 
@@ -67,6 +69,7 @@ def attach(
     compute_dtype: torch.dtype,
     device: torch.device | str | None = None,
     trainable: bool = True,
+    ranks: Ranks | None = None,
 ) -> AttachedAdapters:
     """Give every FFN that the configuration names an adapter, initialised from the seed.
 
@@ -75,6 +78,7 @@ def attach(
         config: the block. compute_dtype: of the rows' compute copies.
         device: where the model computes; ``None``: where its FFNs are now.
         trainable: ``False`` for inference (no gradients are kept).
+        ranks: those that train together; ``None``: this process alone.
 
     Raises:
         MeftConfigError: if no FFN fits, the model has adapters already, or host memory is too small.
@@ -82,10 +86,21 @@ def attach(
     if any(isinstance(module, SparseAdapter) for module in model.modules()):
         raise MeftConfigError(f"this {type(model).__name__} already has MEFT adapters; attach to a fresh model")
     ffns = find_ffns(model, config.adapter)
+    ranks = ranks or Ranks()
     needed = sum(
-        host_bytes_needed(config, 1, ffn.width, compute_dtype=compute_dtype, trainable=trainable) for ffn in ffns
+        host_bytes_needed(
+            config,
+            1,
+            ffn.width,
+            compute_dtype=compute_dtype,
+            trainable=trainable,
+            ranks=ranks.size,
+            ranks_of_node=len(ranks.node),
+        )
+        for ffn in ffns
     )
     require_host_memory(needed, config, len(ffns))
+    sharding = _shard(ffns, config, compute_dtype, device, ranks) if ranks.size > 1 else None
 
     base_parameters = sum(math.prod(full_shape(p)) for p in model.parameters())
     attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {})
@@ -107,14 +122,16 @@ def attach(
                     pin_memory=config.offload.pin_memory,
                     huge_pages=config.offload.huge_pages,
                     threads=len(rank_cores()),
+                    shard=sharding.shard(2 * index + at) if sharding is not None else None,
                 )
-                for kind in ("keys", "values")
+                for at, kind in enumerate(("keys", "values"))
             ]
         seed = seed_of_layer(config.adapter.seed, index)
-        tables[0].fill(initial_keys(gate_weight, config.adapter.rows, config.adapter.init_keys, seed))
-        router = initial_router(tables[0].master, config.adapter.resolved_num_experts)
+        keys = initial_keys(gate_weight, config.adapter.rows, config.adapter.init_keys, seed)
+        tables[0].fill(keys)
+        router = initial_router(keys, config.adapter.resolved_num_experts)
         router = router.to(gate_weight.device, gate_weight.dtype)
-        adapter = SparseAdapter(ffn.portable_name, config, router, *tables, trackers[ffn.stack])
+        adapter = SparseAdapter(ffn.portable_name, config, router, *tables, trackers[ffn.stack], ranks)
         adapter.train(ffn.module.training)
         ffn.module.meft_adapter = adapter
         adapter.hooks += [*listen(adapter, ffn.entry, ffn.exit), *trackers[ffn.stack].hooks]
@@ -125,6 +142,33 @@ def attach(
     for adapter in attached.adapters.values():
         adapter.hooks += embedding_hooks
     return attached
+
+
+def _shard(
+    ffns: Sequence[FFN], config: MeftConfig, compute_dtype: torch.dtype, device: torch.device | str | None, ranks: Ranks
+) -> Sharding:
+    """Keys' and values' tables of every FFN, in the order in which they are built."""
+    shape = config.adapter
+    plans = [
+        TablePlan(
+            rows=shape.rows,
+            expert_rows=shape.rows // shape.resolved_num_experts,
+            width=ffn.width,
+            on_device=resident and torch.device(device or ffn.gate_weight.device).type != "cpu",
+        )
+        for ffn in ffns
+        for resident in (True, False)
+    ]
+    return Sharding(
+        ranks,
+        plans,
+        compute_dtype=compute_dtype,
+        moments_dtype=DTYPES[config.optimizer.moments_dtype],
+        # Readers bring idle rows to date themselves, for which they need all that an update needs.
+        shares_state=config.optimizer.mode == "dense_equivalent",
+        pin_memory=config.offload.pin_memory,
+        huge_pages=config.offload.huge_pages,
+    )
 
 
 def unload_adapter(model: nn.Module) -> nn.Module:

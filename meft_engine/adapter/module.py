@@ -16,6 +16,7 @@ from meft_engine.adapter.calls import CallTracker, recomputing
 from meft_engine.adapter.routing import RoutingStats, choose_experts, choose_rows, gate
 from meft_engine.config import MeftConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.parallel.ranks import Ranks
 from meft_engine.phases import phase
 from meft_engine.zero_parameters import full_shape
 from meft_kernels.dispatch import Overflow, Selection, score_picks
@@ -29,6 +30,7 @@ class SparseAdapter(nn.Module):
     Args:
         name: of the FFN, by which rows are stored. config: the block. router: [N, d] initial weights.
         keys, values: the tables [r, d]. calls: the tracker of the layer's stack.
+        ranks: those that train together, over all of which inputs are centered and experts balanced.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class SparseAdapter(nn.Module):
         keys: PartiallyOffloadedTensor,
         values: PartiallyOffloadedTensor,
         calls: CallTracker,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -46,6 +49,7 @@ class SparseAdapter(nn.Module):
         self.keys, self.values = keys, values
         self.stats = RoutingStats()
         self._calls, self._config = calls, config
+        self._ranks = ranks or Ranks()
         self.hooks: list[RemovableHandle] = []
         self.observers: list[Callable[[Selection, Tensor, Overflow], None]] = []
         """Called after each selection (not when one is replayed) with it, the activations [T, K] of its picks, and what
@@ -113,7 +117,11 @@ class SparseAdapter(nn.Module):
             y = ApplyRows.apply(
                 x, gates, scores, selection, self.keys, self.values, self._latest(), self._tripwire, *self.anchors()
             )
-        extra = auxiliary_loss(self._config.router, logits, load) if load is not None and y.requires_grad else None
+        extra = None
+        if load is not None and y.requires_grad:
+            if self._config.router.balance == "loss":
+                load = self._ranks.sum(load)
+            extra = auxiliary_loss(self._config.router, logits, load)
         if extra is not None:
             y = AddLoss.apply(y, extra, self.loss_factor)
         y = y.to(h.dtype)
@@ -127,16 +135,21 @@ class SparseAdapter(nn.Module):
         self._center_known = bool(center.any())
 
     def _measure_center(self, x: Tensor) -> None:
-        """Take the mean of x [T, d], unless there is no token, or one that would spoil every later forward."""
-        mean = x.mean(0)
-        if x.shape[0] and bool(mean.isfinite().all()):
+        """Take the mean of x [T, d] of all ranks, unless there is no token, or one that would spoil every later
+        forward."""
+        count, mean = x.shape[0], x.mean(0)
+        if self._ranks.size > 1:
+            *total, count = self._ranks.sum(torch.cat([x.double().sum(0), x.new_tensor([count]).double()]))
+            mean = (torch.stack(total) / count).float()
+        if count and bool(mean.isfinite().all()):
             self.set_center(mean)
 
     def after_step(self, *, applied: bool) -> None:
         """After an optimizer step: adjust the bias where the block asks for it, unless the step was skipped."""
         load, self.stats.step_load = self.stats.step_load, None
         if applied and self.expert_bias is not None and load is not None:
-            rebalance(self.expert_bias, load.to(self.expert_bias.device), self._config.router.balance_coef)
+            load = self._ranks.sum(load.to(self.expert_bias.device))
+            rebalance(self.expert_bias, load, self._config.router.balance_coef)
 
     def _select(
         self, x: Tensor, logits: Tensor, experts: Tensor, gates: Tensor, load: Tensor | None

@@ -5,6 +5,7 @@ Reading them needs neither DeepSpeed nor an optimizer.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
+from meft_engine.checkpoint import rank_files
 from meft_engine.checkpoint.catch_up import catch_up
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.zero_parameters import full_shape, gathered
+from meft_kernels import planes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 SUBFOLDER = "meft"
 """Where the files are, in a folder that holds more than the adapter."""
 PEFT_TYPE = "MEFT"
@@ -34,7 +36,8 @@ def save_adapter(
     attached: AttachedAdapters,
     folder: Path,
     *,
-    masters: bool = False,
+    resumable: bool = False,
+    write: bool = True,
     read: Callable[[PartiallyOffloadedTensor], Tensor] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -46,20 +49,17 @@ def save_adapter(
     that an adapter fits the model with and without it.
 
     Args:
-        masters: also write what bf16 copies lack of the masters, as ``<ffn>.keys_low`` and ``<ffn>.values_low``, to
-            resume over the base that training began with; without, the samples are of the base as it is now.
+        resumable: to resume over the base that training began with; without, the samples are of the base as it is now.
+        write: ``False`` where another rank writes: under ZeRO stage 3 all ranks bring the routers together.
         read: gives a table's compute copy, where what is stored may not be up to date.
         state_dict: of the model, from which routers are taken if it has them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, samples = {}, attached.base_samples if masters else attached.present_samples()
+    tensors, samples = {}, attached.base_samples if resumable else attached.present_samples()
     for full_name, adapter in attached.adapters.items():
         name = adapter.name
         for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
-            compute, low = table.planes()
-            tensors[f"{name}.{kind}"] = read(table) if read is not None else compute
-            if masters and low is not None:
-                tensors[f"{name}.{kind}_low"] = low
+            if write:
+                tensors[f"{name}.{kind}"] = read(table) if read is not None else table.planes()[0]
         router = (state_dict or {}).get(f"{full_name}.meft_adapter.router")
         with gathered([adapter.router] if router is None else []):
             router = (adapter.router if router is None else router).detach()
@@ -69,6 +69,9 @@ def save_adapter(
         if adapter.center is not None:
             tensors[f"{name}.center"] = adapter.center.to("cpu", copy=True)
         tensors[f"{name}.base_sample"] = samples[full_name].contiguous()
+    if not write:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE)
     dtype = next(name for name, value in DTYPES.items() if value == attached.compute_dtype)
     description = {
@@ -103,8 +106,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     attached = attach(model, config, compute_dtype=DTYPES[description["compute_dtype"]], trainable=False)
     require_fit(attached, folder)
     fill(attached, folder)
-    if config.optimizer.mode == "dense_equivalent" and (folder / OPTIMIZER_FILE).is_file():
-        catch_up(attached, folder / OPTIMIZER_FILE, folder / WEIGHTS_FILE)
+    if config.optimizer.mode == "dense_equivalent" and rank_files.are_in(folder):
+        with rank_files.RankFiles(folder) as ranks:
+            catch_up(attached, ranks)
     return model
 
 
@@ -180,12 +184,16 @@ def require_shapes(file: Any, expected: dict[str, Sequence[int]], path: Path) ->
             raise MeftConfigError(f"{path}: {name} {found}, where {tuple(needed)} is needed")
 
 
-def fill(attached: AttachedAdapters, folder: Path) -> None:
-    """Put saved tensors, which :func:`require_fit` has accepted, into a model's adapters."""
+def fill(attached: AttachedAdapters, folder: Path, ranks: rank_files.RankFiles | None = None) -> None:
+    """Put saved tensors, which :func:`require_fit` has accepted, into a model's adapters.
+
+    Args:
+        ranks: what has the lower planes of masters; without, masters are what compute copies hold.
+    """
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         for adapter in attached.adapters.values():
             for kind, table in (("keys", adapter.keys), ("values", adapter.values)):
-                table.fill(*_planes(file, f"{adapter.name}.{kind}"))
+                table.fill_by(functools.partial(_masters, file, f"{adapter.name}.{kind}", ranks, table.name))
             with gathered([adapter.router], modify=True), torch.no_grad():
                 adapter.router.copy_(file.get_tensor(f"{adapter.name}.router"))
             if adapter.expert_bias is not None:
@@ -194,10 +202,12 @@ def fill(attached: AttachedAdapters, folder: Path) -> None:
                 adapter.set_center(file.get_tensor(f"{adapter.name}.center"))
 
 
-def _planes(file: Any, name: str) -> tuple[Tensor, Tensor | None]:
-    """The compute copy of a table in an open file, and the lower plane where it has one."""
-    low = f"{name}_low"
-    return file.get_tensor(name), file.get_tensor(low) if low in file.keys() else None  # noqa: SIM118
+def _masters(file: Any, name: str, ranks: rank_files.RankFiles | None, table: str, rows: slice) -> Tensor:
+    """[n, d] float32: consecutive masters of a table in an open file."""
+    compute = file.get_slice(name)[rows]
+    if ranks is None or not ranks.has(f"{table}/low"):
+        return compute.float()
+    return planes.join(compute.contiguous(), ranks.read(table, "low", rows))
 
 
 def _expected(attached: AttachedAdapters) -> dict[str, Sequence[int]]:

@@ -1,29 +1,23 @@
 """What a checkpoint adds to DeepSpeed's own files: a ``meft`` folder with rows, moments, steps and random state.
 
-<tag>/meft/adapter_config.json        the resolved block and the FFNs' names
-<tag>/meft/adapter_model.safetensors  rows (in bf16 with their lower planes), routers, samples of the base
-<tag>/meft/optimizer.safetensors      step, exp_avg, exp_avg_sq of every table; the history of steps where it is needed
-<tag>/meft/random_state.safetensors   generators of Python, NumPy and PyTorch
+<tag>/meft/adapter_config.json           the resolved block and the FFNs' names
+<tag>/meft/adapter_model.safetensors     compute copies of all rows, routers, samples of the base
+<tag>/meft/rank-<i>-of-<n>.safetensors   of each rank: what it alone has of its rows, and its random state
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-from meft_engine.checkpoint import adapter_files, random_state
+from meft_engine.checkpoint import adapter_files, random_state, rank_files
 from meft_engine.config import MeftConfigError
 
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
 
 FOLDER = adapter_files.SUBFOLDER
-_RANDOM_FILE = "random_state.safetensors"
 
 
 def require_boundary(micro_steps_done: int, micro_steps: int) -> None:
@@ -40,20 +34,31 @@ def require_boundary(micro_steps_done: int, micro_steps: int) -> None:
 
 
 def save(engine: MeftEngine, tag_folder: Path) -> None:
-    """Write the ``meft`` folder of a checkpoint; it gets its name only when it is whole."""
+    """Write the ``meft`` folder of a checkpoint; it gets its name only when it is whole.
+
+    Raises:
+        RanksDisagreeError: if another rank could not write its part.
+    """
     folder = tag_folder / FOLDER
     partial = tag_folder / f"{FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    adapter_files.save_adapter(engine.meft_adapters, partial, masters=True)
-    optimizer = engine.row_optimizer
-    save_file(
-        {name: value.contiguous() for name, value in (optimizer.saved_state() | optimizer.histories()).items()},
-        partial / adapter_files.OPTIMIZER_FILE,
-        metadata={"groups": json.dumps(optimizer.groups_of_tables())},
-    )
-    save_file(random_state.capture(), partial / _RANDOM_FILE)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    ranks, leads = engine.ranks, engine.ranks.rank == 0
+
+    def begin() -> None:
+        if leads:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> None:
+        adapter_files.save_adapter(engine.meft_adapters, partial, resumable=True, write=leads)
+        rank_files.save_rank(engine.row_optimizer, partial, ranks.rank, ranks.size)
+
+    def finish() -> None:
+        if leads:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+
+    for part in (begin, write, finish):
+        ranks.agree(part, f"write its part of {folder}")
 
 
 def find_checkpoint(load_dir: str, tag: str | None) -> Path:
@@ -68,13 +73,8 @@ def find_checkpoint(load_dir: str, tag: str | None) -> Path:
             raise FileNotFoundError(f"{latest} is missing; name a tag, or a folder that save_checkpoint wrote")
         tag = latest.read_text().strip()
     folder = Path(load_dir, tag)
-    files = (
-        adapter_files.CONFIG_FILE,
-        adapter_files.WEIGHTS_FILE,
-        adapter_files.OPTIMIZER_FILE,
-        _RANDOM_FILE,
-    )
-    adapter_files.require_files(folder / FOLDER, *files)
+    adapter_files.require_files(folder / FOLDER, adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE)
+    rank_files.require_all(folder / FOLDER)
     return folder
 
 
@@ -98,27 +98,29 @@ def require_match(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None
                 f'{folder} was saved with optimizer.{key} = "{saved[key]}", not "{own[key]}"; resume with that, or '
                 "load the adapter alone (load_optimizer_states=False)"
             )
-    path = folder / adapter_files.OPTIMIZER_FILE
-    with safe_open(path, "pt") as file:
+    with rank_files.RankFiles(folder) as files:
         shapes = {name: value.shape for name, value in engine.row_optimizer.saved_state().items()}
-        adapter_files.require_shapes(file, shapes, path)
-        for name in engine.row_optimizer.histories():
-            if name not in file.keys():  # noqa: SIM118
-                raise MeftConfigError(f"{path}: {name} is missing")
+        files.require(shapes, list(engine.row_optimizer.histories()))
 
 
 def load(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None:
     """Restore what :func:`require_match` accepted: the adapter and, to ``resume``, moments, steps, random state."""
     folder = tag_folder / FOLDER
-    adapter_files.fill(engine.meft_adapters, folder)
-    engine.row_optimizer.zero_grad()
-    if resume:
-        optimizer = engine.row_optimizer
-        with safe_open(folder / adapter_files.OPTIMIZER_FILE, "pt") as file:
+    optimizer = engine.row_optimizer
+    optimizer.zero_grad()
+    with rank_files.RankFiles(folder) as files:
+        adapter_files.fill(engine.meft_adapters, folder, files)
+        if resume:
             for name, value in optimizer.saved_state().items():
-                value.copy_(file.get_tensor(name))
-            optimizer.load_histories({name: file.get_tensor(name) for name in optimizer.histories()})
-        random_state.restore(load_file(folder / _RANDOM_FILE))
+                table, kind = optimizer.table_of(name), name.rsplit("/", 1)[1]
+                if kind != "low":  # which came with the rows
+                    for rows in table.stored:
+                        value[rows] = files.read(table.name, kind, rows)
+            optimizer.load_histories({name: files.tensor(name) for name in optimizer.histories()})
+            states = files.random_state(engine.ranks.rank)
+            if states:
+                random_state.restore(states)
+    engine.ranks.barrier()  # no rank reads what another has yet to load
 
 
 def _require_deepspeed_files(engine: MeftEngine, tag_folder: Path, resume: bool) -> None:

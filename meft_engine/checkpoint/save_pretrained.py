@@ -47,7 +47,8 @@ def install(engine: MeftEngine) -> None:
             own = without_adapters(model, state_dict if state_dict is not None else model.state_dict())
             original(save_directory, is_main_process=is_main_process, state_dict=own, **kwargs)
             folder = folder / adapter_files.SUBFOLDER
-        if is_main_process:
+        gathers = engine.zero_optimization_partition_weights() and state_dict is None
+        if is_main_process or gathers:
             engine.save_adapter(folder, state_dict=state_dict)
 
     model.save_pretrained = save_pretrained

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +19,8 @@ logger = logging.getLogger("meft_engine")
 _SKEWS = itertools.cycle(range(0, mmap.PAGESIZE, 1088))
 
 
-class _Mapping(mmap.mmap):
-    """An anonymous mapping that is unpinned before it goes back to the system, when its last tensor dies."""
+class Mapping(mmap.mmap):
+    """A mapping that is unpinned before it goes back to the system, when its last tensor dies."""
 
     address: int | None = None
 
@@ -28,8 +29,17 @@ class _Mapping(mmap.mmap):
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
+# mmap has no name for it: address space that is not counted as memory before it is written to.
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+
+
 def host_zeros(
-    shape: Sequence[int], dtype: torch.dtype, *, pin_memory: bool = False, huge_pages: bool = True
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    pin_memory: bool = False,
+    huge_pages: bool = True,
+    present: slice | None = None,
 ) -> Tensor:
     """Zeros in an anonymous mapping of their own, rounded up to whole pages and no further.
 
@@ -42,19 +52,35 @@ def host_zeros(
         pin_memory: register the mapping with CUDA, so that copies to the device are fast and asynchronous. Ignored
             where there is no GPU.
         huge_pages: ask the system for pages of 2 MiB, which spare address translation.
+        present: the only rows that will be used, which are the only ones to take memory; the others are addresses.
     """
     elements = math.prod(shape)
     skew = next(_SKEWS)
-    mapping = _Mapping(-1, skew + max(1, elements * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if present is None else _NO_RESERVE)
+    mapping = Mapping(-1, skew + max(1, elements * dtype.itemsize), flags=flags)
+    tensor = torch.frombuffer(mapping, dtype=dtype, count=elements, offset=skew).view(*shape)
+    part = tensor if present is None else tensor[present]
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(mapping, dtype=dtype, count=elements, offset=skew).view(*shape).fill_(0)
+        if present is None:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        elif part.numel():
+            advise_huge_pages(mapping, skew + part.storage_offset() * dtype.itemsize, part.nbytes)
+    part.fill_(0)
     if pin_memory and torch.cuda.is_available():
-        _pin(mapping, tensor.data_ptr() - skew)
+        pin(mapping, tensor.data_ptr() - skew)
     return tensor
 
 
-def _pin(mapping: _Mapping, address: int) -> None:
+def advise_huge_pages(mapping: mmap.mmap, start: int, length: int) -> None:
+    """Ask for large pages inside a range; beyond its ends they would bring memory along that nobody uses."""
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        mapping.madvise(mmap.MADV_HUGEPAGE, first, last - first)
+
+
+def pin(mapping: Mapping, address: int) -> None:
+    """Register a mapping, which begins at ``address``, with CUDA; says so once where that fails."""
     error = torch.cuda.cudart().cudaHostRegister(address, len(mapping), 0)
     if int(error) == 0:
         mapping.address = address

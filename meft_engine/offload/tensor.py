@@ -16,6 +16,7 @@ from torch import Tensor
 
 from meft_engine.offload.gradients import GradientAccumulator, RowGradient
 from meft_engine.offload.memory import host_zeros
+from meft_engine.offload.shard import Shard
 from meft_engine.phases import phase
 from meft_kernels import planes
 from meft_kernels.dispatch import row_passes
@@ -36,6 +37,10 @@ class PartiallyOffloadedTensor:
     Updates may run on another thread. It says so beforehand (:meth:`expect_update`) and writes inside :meth:`writing`;
     whoever reads waits for what is expected, and never sees a row half written.
 
+    Where several ranks train, each owns a ``shard`` of the rows: it alone has their lower planes and updates them. The
+    compute copy is in memory that the ranks of a node share, and every update of the table is expected by all of them,
+    of whomever's rows it is.
+
     Args:
         name: what error messages call it, such as ``model.layers.0.mlp/keys``.
         rows: r. width: d.
@@ -45,6 +50,7 @@ class PartiallyOffloadedTensor:
         trainable: accept gradients; ``False`` for inference, where they are ignored and no lower plane is kept.
         max_staleness: how many updates a reader may be behind where it does not ask for the latest rows.
         pin_memory, huge_pages: as :func:`host_zeros` has them. threads: for passes over rows on the host.
+        shard: what other ranks own; ``None``: all rows are this process's.
     """
 
     def __init__(
@@ -61,8 +67,10 @@ class PartiallyOffloadedTensor:
         pin_memory: bool = False,
         huge_pages: bool = True,
         threads: int = 1,
+        shard: Shard | None = None,
     ) -> None:
         self.name = name
+        self.shard = shard
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype
         self.resident = resident
@@ -71,14 +79,22 @@ class PartiallyOffloadedTensor:
         self.handle = torch.zeros((), dtype=torch.float32).expand(rows, width)
         """Stands for the table where a tensor is asked for, such as in an optimizer's groups; it holds no rows."""
 
-        def allocate(dtype: torch.dtype) -> Tensor:
-            return host_zeros((rows, width), dtype, pin_memory=pin_memory, huge_pages=huge_pages)
+        def allocate(dtype: torch.dtype, shared: bool) -> Tensor:
+            if shard is not None and shared:
+                return shard.allocate((rows, width), dtype, shard.fills)
+            present = shard.owned if shard is not None else None
+            return host_zeros(
+                (rows, width), dtype, pin_memory=pin_memory and shared, huge_pages=huge_pages, present=present
+            )
 
         split = compute_dtype == torch.bfloat16
-        self._high: Tensor | None = allocate(compute_dtype)
-        self._low = allocate(torch.int16) if split and trainable else None
+        self._high: Tensor | None = allocate(compute_dtype, shared=True)
+        self._low = None
+        if split and trainable:
+            self._low = allocate(torch.int16, shared=shard is None or shard.shares_state)
         on_device = resident and self.device.type != "cpu"
         self._device_copy = torch.zeros(rows, width, dtype=compute_dtype, device=self.device) if on_device else None
+        self._refreshed = 0  # the update up to which the device's copy has followed those of other ranks
         self._gradient = GradientAccumulator(rows, threads)
         self._largest_gather = 0
         self.read_current: Callable[[Tensor], Tensor | None] | None = None
@@ -91,7 +107,7 @@ class PartiallyOffloadedTensor:
         self.bytes_to_device, self.bytes_to_host = 0, 0
         self._expected, self._written, self._torn = 0, 0, False
         self._lock = threading.RLock()
-        self._wait: Callable[[Callable[[], bool]], None] | None = None
+        self._wait = shard.wait if shard is not None else None
 
     # Shape and contents
 
@@ -106,8 +122,23 @@ class PartiallyOffloadedTensor:
         return self.handle.shape[1]
 
     @property
+    def owned(self) -> slice:
+        """The rows that this process updates."""
+        return self.shard.owned if self.shard is not None else slice(0, self.rows)
+
+    @property
+    def stored(self) -> list[slice]:
+        """The rows whose optimizer state this process writes when all of it is set."""
+        if self.shard is None:
+            return [slice(0, self.rows)]
+        return self.shard.fills if self.shard.shares_state else [self.shard.owned]
+
+    @property
     def master(self) -> Tensor:
-        """The fp32 masters [r, d], for reading: a new tensor where they are kept as planes, else the table itself."""
+        """The fp32 masters [r, d], for reading: a new tensor where they are kept as planes, else the table itself.
+
+        Of rows that another rank owns, the compute copy.
+        """
         with self.reading():
             return planes.join(self._high, self._low) if self._low is not None else self._high.float()
 
@@ -132,42 +163,101 @@ class PartiallyOffloadedTensor:
         """
         if source.shape != self.handle.shape:
             raise ValueError(f"{self.name} holds {tuple(self.handle.shape)}, not {tuple(source.shape)}")
-        whole = planes.join(source.contiguous(), low) if low is not None else source.float()
-        self.write(slice(None), whole)
+        self.fill_by(
+            lambda part: planes.join(source[part].contiguous(), low[part]) if low is not None else source[part].float()
+        )
 
-    def write(self, rows: Tensor | slice, source: Tensor) -> None:
+    def fill_by(self, read: Callable[[slice], Tensor]) -> None:
+        """Set all rows; where there are several ranks, each of them calls this and writes what is its to write.
+
+        Args:
+            read: gives the masters [n, d] float32 of consecutive rows, of which only compute copies count where
+                the rows are another rank's.
+
+        Raises:
+            ValueError: for a number that the compute copy cannot hold.
+        """
+        parts = [slice(0, self.rows)] if self.shard is None else self.shard.fills
+        # Of one rank's rows there is one part, or all of it has been read before anything is changed.
+        found = [(part, *self._split(read(part))) for part in parts]
+        if self._torn and self._lock.acquire(blocking=False):
+            # An update failed midway, and all that it left is about to be replaced.
+            self._torn = False
+            self._note_written(self._expected)
+            self._lock.release()
+        with self._setting():
+            for part, compute, low in found:
+                self._set(part, compute, low)
+
+    def write(self, rows: Tensor, source: Tensor) -> None:
         """Set some rows' masters from ``source`` [n, d] float32, and their compute copies.
+
+        Where there are several ranks, each of them calls this, and rows that are not its to write are left to others.
+
+        Args:
+            rows: [n] int64.
 
         Raises:
             ValueError: for a finite number that is infinite in the compute copy.
-            StaleRowsError: if an update failed midway, unless all rows are set.
+            StaleRowsError: if an update failed midway.
         """
+        compute, low = self._split(source)
+        if self.shard is not None:
+            mine = self.shard.is_filled(rows)
+            rows, compute, low = rows[mine], compute[mine], low[mine] if low is not None else None
+        with self._setting():
+            self._set(rows, compute, low)
+
+    def _split(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The compute copies of masters, and their lower planes where there are any."""
         source = source.to("cpu", torch.float32)
-        compute = source
-        if self.compute_dtype == torch.bfloat16:
-            compute, low = planes.split(source)
-            beyond = compute.isinf() & source.isfinite()
-            if bool(beyond.any()):
-                most = float(source[beyond].abs().max())
-                raise ValueError(f"{self.name} is given {most:g}, which is beyond the range of bf16")
-        whole = isinstance(rows, slice) and rows == slice(None)
-        if whole and self._torn and self._lock.acquire(blocking=False):
-            # An update failed midway, and all that it left is about to be replaced.
-            self._torn, self._written = False, self._expected
-            self._lock.release()
+        if self.compute_dtype != torch.bfloat16:
+            return source, None
+        compute, low = planes.split(source)
+        beyond = compute.isinf() & source.isfinite()
+        if bool(beyond.any()):
+            most = float(source[beyond].abs().max())
+            raise ValueError(f"{self.name} is given {most:g}, which is beyond the range of bf16")
+        return compute, low
+
+    @contextmanager
+    def _setting(self) -> Iterator[None]:
         with self.reading():  # updates that are due come first
             pass
         self._expected += 1
         with self.writing():
-            self._high[rows] = compute
-            if self._low is not None:
+            yield
+
+    def _set(self, rows: Tensor | slice, compute: Tensor, low: Tensor | None) -> None:
+        self._high[rows] = compute
+        if self._low is not None:
+            if self.shard is None or self.shard.shares_state:
                 self._low[rows] = low
-            self.refresh(rows)
+            elif isinstance(rows, slice):
+                if rows == self.shard.owned:
+                    self._low[rows] = low
+            else:
+                mine = self.shard.is_owned(rows)
+                self._low[rows[mine]] = low[mine]
+        self.refresh(rows)
 
     def refresh(self, rows: Tensor | slice) -> None:
-        """Bring rows that have been written to the device's copy, where there is one."""
-        if self._device_copy is not None:
+        """Bring rows that have been written to the device's copy, where there is one; other ranks do so when they
+        read next."""
+        if self._device_copy is None:
+            return
+        if self.shard is not None:
+            self.shard.changed_at[rows] = self._expected
+        else:
             self._device_copy[rows] = self._high[rows].to(self.device)
+
+    def _follow_others(self) -> None:
+        """Bring what any rank has written since the last time to the device's copy."""
+        if self._device_copy is None or self.shard is None or self._refreshed == self._expected:
+            return
+        rows = (self.shard.changed_at > self._refreshed).nonzero().flatten()
+        self._device_copy[rows.to(self.device)] = self._high[rows].to(self.device)
+        self._refreshed = self._expected
 
     # Reading
 
@@ -185,20 +275,26 @@ class PartiallyOffloadedTensor:
         allowed = 0 if latest else self.max_staleness
         if self._wait is None:
             self._lock.acquire()
-        elif self._expected - self._written > allowed or not self._lock.acquire(blocking=False):
+        elif self._behind() > allowed or not self._lock.acquire(blocking=False):
             with phase("wait"):
-                self._wait(lambda: self._expected - self._written <= allowed)
+                self._wait(lambda: self._behind() <= allowed)
                 self._wait(lambda: self._lock.acquire(blocking=False))
         try:
-            behind = self._expected - self._written
+            behind = self._behind()
             if self._torn or behind > allowed:
                 what = "only half updated" if self._torn else f"{behind} updates old, where {allowed} are allowed"
                 raise StaleRowsError(f"rows of {self.name} are {what}; an update failed or did not run")
             self.reads += 1
             self.stale_reads += behind > 0
+            self._follow_others()
             yield self._device_copy if self._device_copy is not None else self._high
         finally:
             self._lock.release()
+
+    def _behind(self) -> int:
+        """How many of the expected updates are not yet there, on whichever rank of the node."""
+        written = self._written if self.shard is None else int(self.shard.written.min())
+        return self._expected - written
 
     def compute_copy(self) -> Tensor:
         """The whole compute copy [r, d] on the device. Only for a resident tensor."""
@@ -278,6 +374,15 @@ class PartiallyOffloadedTensor:
         """What has been accumulated since the last :meth:`clear_gradient`; ``None`` if nothing."""
         return self._gradient.sum()
 
+    def replace_gradient(self, rows: Tensor, grad: Tensor) -> None:
+        """Put what all ranks have accumulated for this rank's rows in the place of what this rank has accumulated.
+
+        Args:
+            rows: [n] int64, no two equal; there may be none. grad: [n, d] float32.
+        """
+        self._gradient.clear()
+        self._gradient.add(rows, grad)
+
     def clear_gradient(self) -> None:
         """Forget the accumulated gradient."""
         self._gradient.clear()
@@ -285,9 +390,10 @@ class PartiallyOffloadedTensor:
     # Updates
 
     def expect_update(self, wait: Callable[[Callable[[], bool]], None] | None) -> None:
-        """Announce an update. ``wait(condition)`` blocks until the condition holds, or raises where it never will."""
+        """Announce an update. ``wait(condition)`` blocks until the condition holds, or raises where it never will;
+        ``None``: this thread is about to carry it out."""
         self._expected += 1
-        self._wait = wait
+        self._wait = wait if wait is not None or self.shard is None else self.shard.wait
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -295,14 +401,28 @@ class PartiallyOffloadedTensor:
         with self._lock:
             self._torn = True
             yield
-            self._written += 1
+            self._note_written(self._written + 1)
             self._torn = False
+
+    def _note_written(self, count: int) -> None:
+        self._written = count
+        if self.shard is not None:
+            self.shard.written[self.shard.place] = count
 
     # Memory
 
     def host_bytes(self) -> int:
-        """Bytes allocated on the host for the rows themselves (gradients in flight and optimizer state not counted)."""
-        return sum(plane.nbytes for plane in (self._high, self._low) if plane is not None)
+        """Bytes allocated on the host for the rows themselves (gradients in flight and optimizer state not counted);
+        of what the ranks of a node share, this rank's part."""
+        shares_low = self.shard is None or self.shard.shares_state
+        planes = ((self._high, True), (self._low, shares_low))
+        return sum(self.share_of(plane, shared) for plane, shared in planes if plane is not None)
+
+    def share_of(self, plane: Tensor, shared: bool) -> int:
+        """Bytes of a plane [r, …] that count as this rank's: of a ``shared`` one an equal part, else its own rows'."""
+        if self.shard is None:
+            return plane.nbytes
+        return plane.nbytes // self.shard.ranks_of_node if shared else plane[self.shard.owned].nbytes
 
     def device_bytes(self) -> int:
         """Bytes that the compute device needs at hand: the resident copy, or the largest gather seen so far.
@@ -314,7 +434,7 @@ class PartiallyOffloadedTensor:
 
     def close(self) -> None:
         """Give the memory back; the table is not usable afterwards."""
-        self._high = self._low = self._device_copy = self.read_current = None
+        self._high = self._low = self._device_copy = self.read_current = self.shard = None
         self._gradient.clear()
 
     def __deepcopy__(self, memo: dict) -> PartiallyOffloadedTensor:

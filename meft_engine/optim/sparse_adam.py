@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +38,8 @@ class RowUpdate:
     adam: AdamStep
     coast: Coast | None
     threads: int
+    publish: Callable[[RowUpdate, Callable[[], None]], None] | None = None
+    """Sends the updated rows to ranks that do not share their memory, and takes theirs; ``None``: there are none."""
 
     def run(self, beat: Callable[[], None] = lambda: None) -> None:
         """Update the rows; ``beat`` is called from time to time.
@@ -57,6 +60,8 @@ class RowUpdate:
                 )
                 beat()
             self.table.refresh(self.rows)
+            if self.publish is not None:
+                self.publish(self, beat)
             if infinite:
                 raise NonFiniteRowsError(
                     f"{infinite} rows of {self.table.name} left the range of {self.table.compute_dtype} in an update; "
@@ -111,7 +116,8 @@ class SparseCPUAdam(torch.optim.Optimizer):
         seed: of those. threads: of an update. huge_pages: for the state, as ``host_zeros`` has them.
 
     State of a table: ``step`` [r] int32 (lazy: the row's own; else the step that the row is current through),
-    ``exp_avg`` and ``exp_avg_sq`` [r, d], on the host.
+    ``exp_avg`` and ``exp_avg_sq`` [r, d], on the host. Of a table that several ranks share, only the rows that are
+    this rank's count; where rows are brought to date at a read, all do.
     """
 
     def __init__(
@@ -142,12 +148,13 @@ class SparseCPUAdam(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for handle in group["params"]:
                 table = self._table_of[id(handle)]
+                allocate = functools.partial(_allocate_state, table, huge_pages=huge_pages)
                 if moments_dtype == torch.bfloat16:
-                    moments = paired_moments(host_zeros((*handle.shape, 2), moments_dtype, huge_pages=huge_pages))
+                    moments = paired_moments(allocate((*handle.shape, 2), moments_dtype))
                 else:
-                    moments = [host_zeros(handle.shape, moments_dtype, huge_pages=huge_pages) for _ in range(2)]
+                    moments = [allocate(handle.shape, moments_dtype) for _ in range(2)]
                 self.state[handle] = {
-                    "step": host_zeros((table.rows,), torch.int32),
+                    "step": allocate((table.rows,), torch.int32),
                     **dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True)),
                 }
                 if self._histories and not table.resident:
@@ -169,9 +176,13 @@ class SparseCPUAdam(torch.optim.Optimizer):
 
     def gradient_norm(self) -> float:
         """2-norm of all accumulated row gradients; not finite if any of them is not."""
-        found = [(g.grad, t.threads) for t in self.tables() if (g := t.gradient()) is not None]
-        total = sum(float(row_passes().squared_norms(grad, threads=threads).sum()) for grad, threads in found)
+        total = self.squared_gradient_norm()
         return math.sqrt(total) if total >= 0 else math.nan
+
+    def squared_gradient_norm(self) -> float:
+        """Its square, NaN if any gradient is."""
+        found = [(g.grad, t.threads) for t in self.tables() if (g := t.gradient()) is not None]
+        return sum(float(row_passes().squared_norms(grad, threads=threads).sum()) for grad, threads in found)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the accumulated row gradients."""
@@ -277,10 +288,18 @@ class SparseCPUAdam(torch.optim.Optimizer):
         self.load_histories(state_dict["histories"])
 
     def saved_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, itself and by its names there; ``load_histories`` takes back the part that grows."""
-        return {
-            f"{table.name}/{key}": value for table in self.tables() for key, value in self.state[table.handle].items()
-        }
+        """What a checkpoint holds besides compute copies, itself and by its names there, such as ``<table>/exp_avg``;
+        ``load_histories`` takes back the part that grows."""
+        found = {}
+        for table in self.tables():
+            low = table.planes()[1]
+            kinds = self.state[table.handle] | ({"low": low} if low is not None else {})
+            found |= {f"{table.name}/{kind}": value for kind, value in kinds.items()}
+        return found
+
+    def table_of(self, saved_name: str) -> PartiallyOffloadedTensor:
+        """The table of a name in :meth:`saved_state`."""
+        return next(table for table in self.tables() if table.name == saved_name.rsplit("/", 1)[0])
 
     def histories(self) -> dict[str, Tensor]:
         """The settings of every step so far, one [steps, 4] float64 tensor for each group; empty where not needed."""
@@ -298,5 +317,19 @@ class SparseCPUAdam(torch.optim.Optimizer):
         self.state.clear()
 
     def host_bytes(self) -> int:
-        """Bytes of the optimizer's state on the host."""
-        return sum(value.nbytes for state in self.state.values() for value in state.values())
+        """Bytes of the optimizer's state on the host; of what the ranks of a node share, this rank's part."""
+        return sum(
+            table.share_of(value, shared=table.shard is None or table.shard.shares_state)
+            for table in self.tables()
+            for value in self.state[table.handle].values()
+        )
+
+
+def _allocate_state(
+    table: PartiallyOffloadedTensor, shape: Sequence[int], dtype: torch.dtype, *, huge_pages: bool
+) -> Tensor:
+    """Zeros of which the rows are there that this process updates, or in the memory that readers share."""
+    shard = table.shard
+    if shard is not None and shard.shares_state:
+        return shard.allocate(shape, dtype, shard.fills)
+    return host_zeros(shape, dtype, huge_pages=huge_pages, present=shard.owned if shard is not None else None)

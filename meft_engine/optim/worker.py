@@ -14,7 +14,7 @@ from typing import Protocol
 
 from meft_engine.cores import rank_cores
 
-_POLL = 0.02
+_POLL, _POLL_OF_OTHERS = 0.02, 0.0005
 
 
 class UpdateError(RuntimeError):
@@ -37,10 +37,16 @@ class UpdateWorker:
     Args:
         timeout: seconds without a sign of life during an update after which a waiting thread gives up.
         cores: the cores that the thread and those that it starts may use; ``None``: those of the process.
+        check_others: where other ranks update rows too: raises if one of them is lost.
     """
 
-    def __init__(self, timeout: float, cores: set[int] | None = None) -> None:
+    def __init__(
+        self, timeout: float, cores: set[int] | None = None, check_others: Callable[[], None] | None = None
+    ) -> None:
         self._timeout, self._cores = timeout, cores or rank_cores()
+        self._check_others = check_others
+        # Nobody on this side notices when another rank has written.
+        self._poll = _POLL if check_others is None else _POLL_OF_OTHERS
         self._changed = threading.Condition()
         self._queue: deque[Update] = deque()
         self._running: Update | None = None
@@ -78,7 +84,7 @@ class UpdateWorker:
         with self._changed:
             while not condition():
                 self.check()
-                self._changed.wait(_POLL)
+                self._changed.wait(self._poll)
 
     def drain(self) -> None:
         """Block until every update that was submitted is done.
@@ -93,7 +99,10 @@ class UpdateWorker:
 
         Raises:
             UpdateError: with the thread's traceback.
+            RankLostError: if another rank is lost.
         """
+        if self._check_others is not None:
+            self._check_others()
         if self._failure is not None:
             raise UpdateError(
                 f"a row update failed, so that rows are damaged; resume from a checkpoint\n{self._failure}"

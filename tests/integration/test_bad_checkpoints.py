@@ -17,8 +17,7 @@ TAG = "global_step1"
 OURS = (
     "adapter_config.json",
     "adapter_model.safetensors",
-    "optimizer.safetensors",
-    "random_state.safetensors",
+    "rank-0-of-1.safetensors",
 )
 MODEL_STATES, ZERO_STATES = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 

@@ -27,6 +27,7 @@ DESIGNED = json.loads("""{
   "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": true },
   "optimizer": { "lr_scale": 1.0, "value_lr_scale": 4.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true,
                  "max_staleness": 0, "num_threads": null, "worker_timeout": 10.0 },
+  "communication": { "dtype": "fp32", "timeout": 300.0 },
   "checkpoint": { "save_base": false },
   "monitor": { "interval": 10, "min_kept_mass": 0.9, "max_dead_experts": 0.5 }
 }""")
@@ -48,8 +49,8 @@ BAD = {
     "unknown field, nothing like it": ({"optimizer": {"zzz": 1}}, ["optimizer.zzz", "1", "lr_scale"]),
     "unknown section, misspelt": ({"adaptor": {}}, ["adaptor", "{}", 'mean "adapter"']),
     "unknown section": (
-        {"communication": {"dtype": "fp32"}},
-        ["communication", "dtype", "active_rows, adapter, checkpoint"],
+        {"zzz": {"dtype": "fp32"}},
+        ["zzz", "dtype", "active_rows, adapter, checkpoint"],
     ),
     "section in itself": ({"adapter": {"adapter": {}}}, ["adapter.adapter", "{}", "rows, seed"]),
     "section is a number": ({"adapter": 5}, ["adapter", "5", "object"]),

@@ -105,12 +105,12 @@ def test_it_gives_zeros_that_can_be_written(dtype, huge_pages):
 def test_huge_pages_are_asked_for_where_they_are_wanted(monkeypatch):
     asked = []
 
-    class Recording(memory._Mapping):
+    class Recording(memory.Mapping):
         def madvise(self, option: int) -> None:
             asked.append((option, len(self)))
             super().madvise(option)
 
-    monkeypatch.setattr(memory, "_Mapping", Recording)
+    monkeypatch.setattr(memory, "Mapping", Recording)
     host_zeros((100, 7), torch.float32, huge_pages=False)
     assert asked == []
     host_zeros((100, 7), torch.float32)

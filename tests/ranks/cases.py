@@ -1,0 +1,118 @@
+"""What several ranks train in the tests, and with which data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.families import VOCAB, tiny_block, tiny_llama
+from tests.integration.engines import ds_config
+
+SEQUENCES, LENGTH = 2, 10
+"""Of a rank's micro-batch."""
+
+ADAM = {"lr": 2e-3, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1}
+
+
+@dataclass
+class Case:
+    """One run: how it is configured, and which rows its ranks touch."""
+
+    name: str
+    touched: str = "overlapping"
+    """``overlapping``: each rank has sentences of its own. ``equal``: all have the same. ``disjoint``: no row is
+    touched by two ranks. ``empty``: all but the first rank have padding alone."""
+    stage: int = 0
+    mode: str = "lazy"
+    overlap: bool = True
+    steps: int = 50
+    accumulation: int = 1
+    nodes: list[list[int]] | None = None
+    """Which ranks share a node; ``None``: all."""
+    bf16: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    top_level: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        """The DeepSpeed configuration."""
+        shape = {"rows": 120, "num_experts": 12, **self.adapter}
+        if self.touched == "disjoint":
+            # What a first layer routes does not change while its router does not.
+            shape |= {"gate": "none", "layers_to_transform": [0]}
+        optimizer = {"mode": self.mode, "overlap": self.overlap, **self.sections.get("optimizer", {})}
+        sections = {"communication": {"timeout": 60.0}, **self.sections, "optimizer": optimizer}
+        return ds_config(
+            tiny_block(shape, **sections),
+            stage=self.stage,
+            bf16=self.bf16,
+            clip=0.5,
+            gas=self.accumulation,
+            adam={**ADAM, "torch_adam": True},
+            **{"train_micro_batch_size_per_gpu": SEQUENCES, **self.top_level},
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For another process."""
+        return asdict(self)
+
+
+def model() -> torch.nn.Module:
+    """The base that every case starts from."""
+    return tiny_llama(num_hidden_layers=2)
+
+
+def sentences(case: Case, step: int, micro_step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [SEQUENCES, LENGTH] of one rank in one micro-step."""
+    seed = (step % 7) * 1000 + micro_step * 100 + (0 if case.touched == "equal" else rank)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (SEQUENCES, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    if case.touched == "disjoint":
+        # A sentence of one word gives the same input at all its places, and so one choice of experts.
+        words = torch.tensor(_words_apart(ranks)[rank])
+        ids = words[torch.randint(0, len(words), (SEQUENCES, 1), generator=generator)].expand(-1, LENGTH).contiguous()
+    if case.touched == "empty" and rank:
+        mask.zero_()
+    return ids, mask
+
+
+def loss_of(engine: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross entropy over the real tokens, divided by the number of all tokens, which is the same on all ranks."""
+    logits = engine(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (each * mask[:, 1:].flatten()).sum() / mask[:, 1:].numel()
+
+
+_found: dict[int, list[list[int]]] = {}
+
+
+def _words_apart(ranks: int) -> list[list[int]]:
+    """For each rank a few words whose experts in the first layer no other rank's words have."""
+    if ranks not in _found:
+        from meft_engine.adapter.attach import attach
+        from meft_engine.config import MeftConfig
+
+        base = model().eval()
+        block = MeftConfig.from_block(Case("", touched="disjoint").config()["meft"])
+        adapter = next(iter(attach(base, block, compute_dtype=torch.float32).adapters.values()))
+        experts_of: dict[int, frozenset[int]] = {}
+        adapter.observers.append(lambda selection, *_: seen.append(selection.experts))
+        with torch.no_grad():
+            for word in range(3, VOCAB):
+                seen: list[Tensor] = []
+                base(input_ids=torch.full((1, 2), word), use_cache=False)
+                experts_of[word] = frozenset(seen[0].flatten().tolist())
+        groups: list[list[int]] = []
+        taken: set[int] = set()
+        for word, experts in experts_of.items():
+            if len(groups) < ranks and not experts & taken:
+                taken |= experts
+                groups.append([word, *(w for w, e in experts_of.items() if e == experts and w != word)][:3])
+        assert len(groups) == ranks, "too few words choose experts of their own"
+        _found[ranks] = groups
+    return _found[ranks]
