@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-slow test-gpu bench-optimizer bench-quality bench-quality-full quality-page lint format clean
+.PHONY: venv demo test test-families test-slow test-ranks test-gpu bench-optimizer bench-quality bench-quality-full quality-page lint format clean
 
 venv: $(STAMP)
 
@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/python launch/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -x -q -n $(WORKERS) --dist loadscope -m "not slow and not families" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -x -q -n $(WORKERS) --dist loadscope -m "not slow and not families and not ranks and not cluster" $(PYTEST_ARGS)
 
 # What an adapter does, for every family of models; writes docs/families.md.
 test-families: $(STAMP)
@@ -40,6 +40,10 @@ test-families: $(STAMP)
 # What first compiles DeepSpeed's own operators, a minute each.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -x -q -m slow $(PYTEST_ARGS)
+
+# Several ranks in full: parity of all settings, faults, memory; several hosts, where the packages for them are there.
+test-ranks: $(STAMP)
+	$(BIN)/python -m pytest tests/ranks tests/cluster -q -m "ranks or cluster" $(PYTEST_ARGS)
 
 # The engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
 test-gpu: $(STAMP)

@@ -29,13 +29,13 @@ from meft_engine.param_groups import (
     freeze_base,
     rebuild_groups,
     require_adam,
-    require_adam_name,
     undo_construction_step,
 )
 from meft_engine.phases import PhaseClock, phase, use_clock
 from meft_engine.report import describe, make_report
 from meft_engine.router_lr import scale_router_steps
 from meft_engine.row_step import RowStep
+from meft_engine.support import compute_dtype_of, require_support, require_support_of_ranks
 
 
 class MeftEngine(DeepSpeedEngine):
@@ -62,14 +62,14 @@ class MeftEngine(DeepSpeedEngine):
         block = find_block(config)
         if block is None:
             raise MeftConfigError('MeftEngine needs an enabled "meft" block in the DeepSpeed configuration')
-        _require_support(config_class, optimizer)
-        _require_support_of_ranks(block, config)
+        require_support(config_class, optimizer)
+        require_support_of_ranks(block, config)
         self.ranks = ranks = find_ranks(block.communication.timeout)
         near = ranks.cores.cores if ranks.cores is not None else None
         claim_cores(near)
         if ranks.local_rank == 0:
             remove_leftovers()
-        compute_dtype = _compute_dtype(block, config_class)
+        compute_dtype = compute_dtype_of(block, config_class)
         device = get_accelerator().current_device_name()
         # Read now: a generator that filters by requires_grad means the parameters as the caller left them.
         client_built = isinstance(optimizer, torch.optim.Optimizer)
@@ -240,15 +240,18 @@ class MeftEngine(DeepSpeedEngine):
         engine_state.require_boundary(self._window_micro_steps, self.gradient_accumulation_steps())
         self.synchronize_rows()
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
-        # Rows first: DeepSpeed writes `latest` at the end of its own save, and it must name a whole checkpoint.
         engine_state.save(self, Path(save_dir, tag))
-        return super().save_checkpoint(
+        saved = super().save_checkpoint(
             save_dir,
             tag,
             client_state=client_state or {},
-            save_latest=save_latest,
+            save_latest=False,
             exclude_frozen_parameters=exclude_frozen_parameters or not self.meft_config.checkpoint.save_base,
         )
+        if save_latest:
+            # Of its own accord DeepSpeed does so before other ranks have written their parts.
+            engine_state.set_latest(self, Path(save_dir), tag)
+        return saved
 
     def load_checkpoint(
         self,
@@ -319,65 +322,6 @@ class MeftEngine(DeepSpeedEngine):
     def meft_report(self) -> dict[str, Any]:
         """What the adapter is, uses and has touched so far; bytes are counted where they are allocated."""
         return make_report(self.meft_adapters, self.row_optimizer)
-
-
-def _compute_dtype(block: MeftConfig, config_class: Any) -> torch.dtype:
-    if block.offload.compute_dtype is not None:
-        return DTYPES[block.offload.compute_dtype]
-    half = config_class.bfloat16_config.enabled or config_class.float16_config.enabled
-    return torch.bfloat16 if half else torch.float32
-
-
-def _require_support(config_class: Any, optimizer: Any) -> None:
-    """Refuse, in one sentence each, what MEFT cannot run with."""
-    stage = config_class.zero_optimization_stage if config_class.zero_enabled else 0
-    zero = config_class.zero_config
-    # DeepSpeed before 0.19 has MiCS too.
-    for option in ("zero_hpz_partition_size", "mics_shard_size"):
-        value = getattr(zero, option, 0)
-        if value > 1:
-            raise MeftConfigError(
-                f"zero_optimization.{option} = {value} is not supported with MEFT, which knows only parameters "
-                "that are partitioned over all ranks; leave it out"
-            )
-    if config_class.float16_config.enabled and stage == 0:
-        raise MeftConfigError(
-            "fp16.enabled = true with ZeRO stage 0 is refused: DeepSpeed does not scale the loss there; use bf16, or "
-            "zero_optimization.stage = 2"
-        )
-    if config_class.torch_autocast_enabled and config_class.torch_autocast_dtype == torch.float16:
-        raise MeftConfigError(
-            'torch_autocast.dtype = "float16" is refused: DeepSpeed scales the loss there by a scaler that the rows '
-            'would not know of; use "bfloat16"'
-        )
-    if stage and not zero.compute_grad_norm:
-        raise MeftConfigError(
-            "zero_optimization.compute_grad_norm = false is not supported with MEFT, whose rows and parameters share "
-            "one norm; leave it out"
-        )
-    if optimizer is None:
-        require_adam_name(config_class.optimizer_name, config_class.optimizer_params)
-    elif isinstance(optimizer, torch.optim.Optimizer):
-        require_adam(optimizer)
-
-
-def _require_support_of_ranks(block: MeftConfig, config: Mapping[str, Any]) -> None:
-    """Refuse what several ranks cannot do with one adapter."""
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if ranks == 1:
-        return
-    if block.optimizer.max_staleness:
-        raise MeftConfigError(
-            f"optimizer.max_staleness = {block.optimizer.max_staleness} with {ranks} ranks is refused: each would read "
-            "rows of another age; use 0"
-        )
-    tensor_parallel = config.get("tensor_parallel") or {}
-    size = (tensor_parallel.get("autotp_size") or 1) if isinstance(tensor_parallel, Mapping) else 1
-    if size > 1:
-        raise MeftConfigError(
-            f"tensor_parallel.autotp_size = {size} is not supported with MEFT, whose rows are as wide as the model; "
-            "leave it out and let ZeRO stage 3 partition the base"
-        )
 
 
 def _shared_rows(engine: MeftEngine, attached: AttachedAdapters, block: MeftConfig) -> SharedRows:

@@ -120,7 +120,7 @@ class SparseAdapter(nn.Module):
         extra = None
         if load is not None and y.requires_grad:
             if self._config.router.balance == "loss":
-                load = self._ranks.sum(load)
+                load = self._ranks.sum_counts(load)
             extra = auxiliary_loss(self._config.router, logits, load)
         if extra is not None:
             y = AddLoss.apply(y, extra, self.loss_factor)
@@ -148,7 +148,7 @@ class SparseAdapter(nn.Module):
         """After an optimizer step: adjust the bias where the block asks for it, unless the step was skipped."""
         load, self.stats.step_load = self.stats.step_load, None
         if applied and self.expert_bias is not None and load is not None:
-            load = self._ranks.sum(load.to(self.expert_bias.device))
+            load = self._ranks.sum_counts(load.to(self.expert_bias.device))
             rebalance(self.expert_bias, load, self._config.router.balance_coef)
 
     def _select(

@@ -61,6 +61,16 @@ def save(engine: MeftEngine, tag_folder: Path) -> None:
         ranks.agree(part, f"write its part of {folder}")
 
 
+def set_latest(engine: MeftEngine, save_dir: Path, tag: str) -> None:
+    """Let ``latest`` name a checkpoint, once every rank has written its part of it."""
+    engine.ranks.barrier()
+    if engine.ranks.rank == 0:
+        partial = save_dir / "latest.partial"
+        partial.write_text(tag)
+        partial.replace(save_dir / "latest")
+    engine.ranks.barrier()
+
+
 def find_checkpoint(load_dir: str, tag: str | None) -> Path:
     """The folder of a checkpoint's tag, all of whose ``meft`` files are there.
 

@@ -110,6 +110,16 @@ class Ranks:
             return values
         return self.gather(values.detach().flatten().cpu()).sum(0).view(values.shape).to(values.device)
 
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """The sum over all ranks of whole numbers, which is exact in whatever order; a device is not waited for."""
+        if self.size == 1:
+            return counts
+        total = counts.clone()
+        with self.communicating():
+            # Of tensors on a device DeepSpeed's own group takes care.
+            dist.all_reduce(total, group=self.group if total.device.type == "cpu" else None)
+        return total
+
     def gather_objects(self, value: Any) -> list[Any]:
         """What every rank gave."""
         if self.size == 1:
@@ -187,7 +197,12 @@ def find_ranks(timeout: float) -> Ranks:
         group=group,
         publishing_group=dist.new_group(backend="gloo", timeout=patience) if len(nodes) > 1 else None,
         lifeline=Lifeline(
-            rank, names, (_address_of_rank_0(nodes), facts[0]["port"]), facts[0]["token"], timeout, listener=listener
+            rank,
+            names,
+            (_address_of(facts[0]["host"], nodes), facts[0]["port"]),
+            facts[0]["token"],
+            timeout,
+            listener=listener,
         ),
     )
 
@@ -203,6 +218,6 @@ def node_name() -> str:
     return "/".join(parts)
 
 
-def _address_of_rank_0(nodes: list[list[int]]) -> str:
+def _address_of(host_of_rank_0: str, nodes: list[list[int]]) -> str:
     # Launchers start rank 0 on the host that all ranks have met at.
-    return "127.0.0.1" if len(nodes) == 1 else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    return "127.0.0.1" if len(nodes) == 1 else os.environ.get("MASTER_ADDR") or host_of_rank_0

@@ -101,10 +101,21 @@ def test_autocast_that_scales_the_loss_out_of_sight(autocast, allocated):
         meft_engine.initialize(model=tiny_llama(), config=config)
 
 
-def test_more_than_one_rank(allocated, monkeypatch):
+@pytest.fixture
+def as_two_ranks(monkeypatch) -> None:
+    """What is refused is refused before ranks begin to talk."""
     meft_engine.initialize(model=tiny_llama(), config=ds_config({"enabled": False}))  # joins the process group
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args, **kwargs: 2)
-    refuse(allocated, "2 ranks are not supported with MEFT yet", "launch with one process")
+
+
+def test_stale_rows_with_several_ranks(allocated, as_two_ranks):
+    config = ds_config(tiny_block(optimizer={"max_staleness": 1}))
+    refuse(allocated, "optimizer.max_staleness = 1 with 2 ranks", "use 0", config=config)
+
+
+def test_a_base_that_is_split_by_width(allocated, as_two_ranks):
+    config = ds_config(tiny_block(), tensor_parallel={"autotp_size": 2})
+    refuse(allocated, "tensor_parallel.autotp_size = 2", "leave it out", config=config)
 
 
 # --- optimizers

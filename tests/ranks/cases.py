@@ -34,6 +34,8 @@ class Case:
     nodes: list[list[int]] | None = None
     """Which ranks share a node; ``None``: all."""
     bf16: bool = False
+    small_messages: bool = False
+    """Whether gradients and rows travel in many small messages."""
     adapter: dict[str, Any] = field(default_factory=dict)
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     top_level: dict[str, Any] = field(default_factory=dict)

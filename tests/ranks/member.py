@@ -44,6 +44,11 @@ def start(case: Case, rank: int) -> Any:
     ranks_module.node_name = lambda: node
     engine = meft_engine.initialize(model=model(), config=case.config())[0]
     fill_values(engine.meft_adapters)
+    if case.small_messages and engine.ranks.size > 1:
+        shared = engine._row_step.shared
+        shared.exchange._bucket_bytes = 4096
+        if shared.publisher is not None:
+            shared.publisher._round_bytes = 1000
     return engine
 
 

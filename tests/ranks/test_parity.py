@@ -10,7 +10,7 @@ import torch
 
 from tests.integration.engines import largest_difference
 from tests.ranks import member
-from tests.ranks.cases import LENGTH, SEQUENCES, Case
+from tests.ranks.cases import SEQUENCES, Case
 from tests.ranks.worlds import run_cases
 
 TOUCHED = ["overlapping", "equal", "disjoint", "empty"]
@@ -43,6 +43,7 @@ def special(ranks: int) -> list[Case]:
     apart = [[0], [1]] if ranks == 2 else [[0, 1], [2, 3]]
     found = [
         Case("nodes-lazy", nodes=apart, stage=2),
+        Case("nodes-small", nodes=apart, stage=2, small_messages=True, steps=20),
         Case("nodes-dense", nodes=apart, mode="dense_equivalent", touched="empty"),
         Case("nodes-bf16-moments", nodes=apart, sections={"optimizer": {"moments_dtype": "bf16"}}, steps=20),
         Case("accumulated", accumulation=3, stage=2),
@@ -50,6 +51,7 @@ def special(ranks: int) -> list[Case]:
         Case("biased", sections=BIASED, stage=2, steps=20),
         Case("sums", top_level={"gradient_allreduce_op": "sum"}, steps=10),
         Case("prescaled", top_level={"prescale_gradients": True}, steps=10),
+        Case("sequence", top_level={"sequence_parallel_size": 2}, steps=10),
         Case("predivided", top_level={"gradient_predivide_factor": 2.0 * ranks}, steps=10),
     ]
     if ranks == 4:
@@ -61,16 +63,15 @@ def special(ranks: int) -> list[Case]:
 def alone(case: Case, ranks: int) -> dict[str, Any]:
     """The same case by one rank."""
     top_level = {"train_micro_batch_size_per_gpu": SEQUENCES * ranks}
-    kept = {k: v for k, v in case.top_level.items() if k not in ("gradient_allreduce_op", "gradient_predivide_factor")}
-    return member.run(
-        Case(**{**case.as_dict(), "nodes": None, "top_level": {**kept, **top_level}}), 0, 1, as_one_of=ranks
-    )
+    return member.run(Case(**{**case.as_dict(), "nodes": None, "top_level": top_level}), 0, 1, as_one_of=ranks)
 
 
 def check(case: Case, found: list[dict[str, Any]], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
     """Losses, norms, rows, moments and routers of several ranks against those of one."""
     ranks = len(found)
     scale = ranks if case.top_level.get("gradient_allreduce_op") == "sum" else 1
+    # Ranks that share a sequence add up to one, whose gradient is the mean over fewer.
+    scale *= case.top_level.get("sequence_parallel_size", 1)
     losses = [sum(one) / ranks for one in zip(*(part["losses"] for part in found), strict=True)]
     assert losses == pytest.approx(expected["losses"], abs=tolerance)
     assert len(losses) == case.steps and losses[-1] < losses[0]
@@ -174,10 +175,10 @@ def test_gradients_may_travel_in_bf16(world):
     """Rounded on their way, they train nearly the same rows, and every rank the same bits."""
     ranks, found = world
     parts = found[ROUNDED.name]
-    check(ROUNDED, parts, alone(ROUNDED, ranks), tolerance=2e-2)
-    exact = run_exact = alone(ROUNDED, ranks)
+    exact = alone(ROUNDED, ranks)
+    check(ROUNDED, parts, exact, tolerance=2e-2)
     rows = member.whole([part["rows"] for part in parts])
-    assert largest_difference(rows, member.whole([run_exact["rows"]])) > 0 and exact is run_exact
+    assert largest_difference(rows, member.whole([exact["rows"]])) > 1e-4
 
 
 @pytest.mark.ranks
@@ -195,6 +196,5 @@ def test_only_touched_rows_are_sent(world):
             for rows in step.values()
             for row in rows
         )
-        least, width = foreign * (4 + 32 * 4), 32
-        assert width and least <= part["bytes_sent"] <= 1.25 * least
-    assert LENGTH
+        least = foreign * (4 + 32 * 4)
+        assert least <= part["bytes_sent"] <= 1.25 * least  # counts weigh more beside rows this narrow
