@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from meft_engine import trainer_logs, watching
 from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
 from meft_engine.checkpoint import adapter_files, engine_state, save_pretrained
-from meft_engine.config import MeftConfig, MeftConfigError, find_block
+from meft_engine.config import MeftConfig, find_block
 from meft_engine.cores import claim_cores, rank_cores, running_on
 from meft_engine.joint_norm import PlainJointNorm, install_joint_norm
 from meft_engine.optim.sparse_adam import SparseCPUAdam
@@ -38,15 +39,31 @@ from meft_engine.row_step import RowStep
 from meft_engine.support import compute_dtype_of, require_support, require_support_of_ranks
 
 
+def _needs_block(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave a method of ``DeepSpeedEngine`` as it is in an engine without an enabled block."""
+
+    @functools.wraps(hook)
+    def choose(self: MeftEngine, *args: Any, **kwargs: Any) -> Any:
+        if self.meft_config is None:
+            return getattr(super(MeftEngine, self), hook.__name__)(*args, **kwargs)
+        return hook(self, *args, **kwargs)
+
+    return choose
+
+
 class MeftEngine(DeepSpeedEngine):
     """DeepSpeed's engine with MEFT adapters beside the model's FFNs.
 
     Built by :func:`meft_engine.initialize`, or by ``deepspeed.initialize`` after :func:`meft_engine.enable`. It takes
-    what ``DeepSpeedEngine`` takes; the ``"meft"`` block of the configuration says the rest.
+    what ``DeepSpeedEngine`` takes; the ``"meft"`` block of the configuration says the rest. Without a block, or with
+    ``"enabled": false``, it does what ``DeepSpeedEngine`` does, which every overridden method sees to by
+    :func:`_needs_block`.
 
     Raises:
         MeftConfigError: before anything is allocated, for what cannot work.
     """
+
+    meft_config: MeftConfig | None = None
 
     def __init__(
         self,
@@ -61,7 +78,10 @@ class MeftEngine(DeepSpeedEngine):
     ) -> None:
         block = find_block(config)
         if block is None:
-            raise MeftConfigError('MeftEngine needs an enabled "meft" block in the DeepSpeed configuration')
+            super().__init__(
+                args, model, optimizer, model_parameters, config=config, config_class=config_class, **kwargs
+            )
+            return
         require_support(config_class, optimizer)
         require_support_of_ranks(block, config)
         self.ranks = ranks = find_ranks(block.communication.timeout)
@@ -86,6 +106,7 @@ class MeftEngine(DeepSpeedEngine):
             # A flat list stays one, for callables that build the optimizer from it.
             flat = len(groups) == 1 and groups[0].keys() == {"params"}
             model_parameters = groups[0]["params"] if flat else groups
+        self.meft_config = block
         self.phases = PhaseClock()
         self.step_losses: deque[tuple[int, Tensor]] = deque(maxlen=10_000)  # with the step that each belongs to
         self._window_loss: Tensor | None = None
@@ -93,7 +114,6 @@ class MeftEngine(DeepSpeedEngine):
 
         require_adam(self.basic_optimizer)
         undo_construction_step(self.optimizer)
-        self.meft_config = block
         self.meft_adapters = attached
         with attached.measured(), running_on(near):
             self.row_optimizer = _row_optimizer(attached, home, block)
@@ -122,12 +142,14 @@ class MeftEngine(DeepSpeedEngine):
 
     # The step
 
+    @_needs_block
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         use_clock(self.phases)
         self.phases.end("backward")  # of one that failed
         with phase("forward"), self._inside("forward"):
             return super().forward(*inputs, **kwargs)
 
+    @_needs_block
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         self._begin_backward()
         scaled = super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
@@ -135,6 +157,7 @@ class MeftEngine(DeepSpeedEngine):
         self._window_loss = own if self._window_loss is None else self._window_loss + own
         return scaled
 
+    @_needs_block
     def _backward_prologue(self) -> None:
         self._begin_backward()  # where the script calls loss.backward() itself
         super()._backward_prologue()
@@ -145,6 +168,7 @@ class MeftEngine(DeepSpeedEngine):
             self.phases.begin("backward")
             self._mark("backward", inside=True)
 
+    @_needs_block
     def _backward_epilogue(self) -> None:
         super()._backward_epilogue()
         self._window_micro_steps += 1
@@ -155,6 +179,7 @@ class MeftEngine(DeepSpeedEngine):
         """What the loss of a micro-step is multiplied by before its backward."""
         return (getattr(self.optimizer, "loss_scale", None) or 1.0) / self.gradient_accumulation_steps()
 
+    @_needs_block
     def clip_fp32_gradients(self) -> None:
         if isinstance(self._joint_norm, PlainJointNorm):
             self._joint_norm.clip()
@@ -172,6 +197,7 @@ class MeftEngine(DeepSpeedEngine):
             yield
         self._mark(place, inside=False)
 
+    @_needs_block
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         with self._inside("step"):
             self._step_with_rows(lr_kwargs)
@@ -200,14 +226,17 @@ class MeftEngine(DeepSpeedEngine):
         """
         self._row_step.drain()
 
+    @_needs_block
     def train(self, mode: bool = True) -> None:
         self.synchronize_rows()
         super().train(mode)
 
+    @_needs_block
     def eval(self) -> None:
         self.synchronize_rows()
         super().eval()
 
+    @_needs_block
     def destroy(self) -> None:
         """Finish the rows' updates, end their thread and give the host memory back, besides what DeepSpeed does."""
         save_pretrained.uninstall(self.module)
@@ -224,6 +253,7 @@ class MeftEngine(DeepSpeedEngine):
 
     # Saving
 
+    @_needs_block
     def save_checkpoint(
         self,
         save_dir: str,
@@ -253,6 +283,7 @@ class MeftEngine(DeepSpeedEngine):
             engine_state.set_latest(self, Path(save_dir), tag)
         return saved
 
+    @_needs_block
     def load_checkpoint(
         self,
         load_dir: str,
@@ -287,6 +318,7 @@ class MeftEngine(DeepSpeedEngine):
         self._window_micro_steps = 0
         return path, client_state
 
+    @_needs_block
     def module_state_dict(self, *args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any) -> dict[str, Any]:
         state = super().module_state_dict(*args, exclude_frozen_parameters=exclude_frozen_parameters, **kwargs)
         if exclude_frozen_parameters:
@@ -296,10 +328,12 @@ class MeftEngine(DeepSpeedEngine):
                     state.pop(name, None)
         return state
 
+    @_needs_block
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """Savers ask before they gather the weights of ZeRO stage 3; here they get the little that trains."""
         return True
 
+    @_needs_block
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
         return super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
 

@@ -49,7 +49,7 @@ def special(ranks: int) -> list[Case]:
         Case("accumulated", accumulation=3, stage=2),
         Case("balanced", sections=BALANCED, adapter={"center_inputs": True}, steps=20),
         Case("biased", sections=BIASED, stage=2, steps=20),
-        Case("sums", top_level={"gradient_allreduce_op": "sum"}, steps=10),
+        Case("sums", top_level={"gradient_allreduce_op": "sum"}, steps=6),
         Case("prescaled", top_level={"prescale_gradients": True}, steps=10),
         Case("sequence", top_level={"sequence_parallel_size": 2}, steps=10),
         Case("predivided", top_level={"gradient_predivide_factor": 2.0 * ranks}, steps=10),

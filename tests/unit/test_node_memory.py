@@ -1,0 +1,97 @@
+"""Memory that the ranks of a node share: what is in it, and whose it may be."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from meft_engine.parallel import arena
+from meft_engine.parallel.arena import NodeMemory, bytes_taken
+from meft_engine.parallel.ranks import Ranks
+
+SHAPES = [((3, 5), torch.bfloat16), ((7,), torch.int32), ((1000, 33), torch.float32)]
+
+
+def mappings() -> int:
+    with open("/proc/self/maps") as maps:
+        return sum("memfd:meft-rows" in line for line in maps)
+
+
+def test_tables_are_zeros_of_their_own_and_go_with_the_last_of_them():
+    before = mappings()
+    memory = NodeMemory(Ranks(), bytes_taken(SHAPES))
+    tables = [memory.take(shape, dtype, [slice(0, shape[0])]) for shape, dtype in SHAPES]
+    for number, (table, (shape, dtype)) in enumerate(zip(tables, SHAPES, strict=True)):
+        assert table.shape == torch.Size(shape) and table.dtype == dtype and not table.any()
+        assert table.data_ptr() % 64 == 0
+        table.fill_(number + 1)
+    assert all(bool((table == number + 1).all()) for number, table in enumerate(tables))
+    assert mappings() == before + 1
+    with pytest.raises(MemoryError, match="bytes of shared memory were asked for"):
+        memory.take((4096,), torch.float32)
+    del memory
+    assert mappings() == before + 1
+    del tables, table
+    gc.collect()
+    assert mappings() == before
+
+
+def test_it_has_no_name_and_its_descriptor_goes_with_it():
+    shm, descriptors = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    memory = NodeMemory(Ranks(), 1 << 20)
+    assert set(os.listdir("/dev/shm")) == shm
+    # Python's mmap keeps one of its own.
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 1
+    del memory
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_another_process_sees_what_is_written():
+    table = NodeMemory(Ranks(), 1 << 16).take((8,), torch.int64)
+    child = os.fork()
+    if child == 0:
+        table[3] = 42
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert table.tolist() == [0, 0, 0, 42, 0, 0, 0, 0]
+
+
+@pytest.fixture
+def descriptor() -> Iterator[int]:
+    made = os.memfd_create("meft-rows", os.MFD_CLOEXEC)
+    os.fchmod(made, 0o600)
+    os.ftruncate(made, 4096)
+    yield made
+    os.close(made)
+
+
+def test_what_fits_is_opened(descriptor):
+    found = arena._open_of(os.getpid(), descriptor, 4096)
+    assert os.path.samestat(os.fstat(found), os.fstat(descriptor)) and found != descriptor
+    os.close(found)
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o640, 0o700])
+def test_memory_that_is_open_to_others_is_refused(mode, descriptor):
+    os.fchmod(descriptor, mode)
+    with pytest.raises(PermissionError, match=f"has mode {mode:o}"):
+        arena._open_of(os.getpid(), descriptor, 4096)
+
+
+def test_memory_of_another_size_is_refused(descriptor):
+    with pytest.raises(PermissionError, match="and 4096 bytes, where user .* and 8192 bytes are expected"):
+        arena._open_of(os.getpid(), descriptor, 8192)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_memory_of_another_user_is_refused(descriptor):
+    os.fchown(descriptor, 65534, -1)
+    left = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(PermissionError, match="belongs to user 65534"):
+        arena._open_of(os.getpid(), descriptor, 4096)
+    assert len(os.listdir("/proc/self/fd")) == left
