@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-slow test-ranks test-gpu bench-optimizer bench-quality bench-quality-full quality-page lint format clean
+.PHONY: venv demo test test-families test-slow test-ranks test-deepspeed test-gpu bench-optimizer bench-quality bench-quality-full bench-ranks quality-page lint format clean
 
 venv: $(STAMP)
 
@@ -45,6 +45,11 @@ test-slow: $(STAMP)
 test-ranks: $(STAMP)
 	$(BIN)/python -m pytest tests/ranks tests/cluster -q -m "ranks or cluster" $(PYTEST_ARGS)
 
+# DeepSpeed's own tests with MeftEngine in its engine's place; DEEPSPEED is a git checkout of the installed version.
+test-deepspeed: $(STAMP)
+	@test -n "$(DEEPSPEED)" || { echo 'say where: make test-deepspeed DEEPSPEED=path/to/a/DeepSpeed/checkout'; exit 2; }
+	$(BIN)/python -m tests.deepspeed_suite.run "$(DEEPSPEED)"
+
 # The engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -x -q $(PYTEST_ARGS)
@@ -66,7 +71,11 @@ bench-quality: $(BENCH_STAMP)
 bench-quality-full: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/quality.py --full $(BENCH_ARGS)
 
-# docs/quality.md, from the results of the two above.
+# What several ranks exchange in a step, beside a dense all-reduce of the same adapter; a few minutes.
+bench-ranks: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/ranks.py $(BENCH_ARGS)
+
+# docs/quality.md, from the results of the benchmarks of quality.
 quality-page: $(STAMP)
 	$(BIN)/python benchmarks/quality_page.py
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,6 +152,9 @@ class Ranks:
     def close(self) -> None:
         """Say goodbye to the others and leave the groups."""
         self.lifeline.close()
+        self._leave_groups()
+
+    def _leave_groups(self) -> None:
         for group in (self.group, self.publishing_group):
             if group is not None and dist.is_initialized():
                 dist.destroy_process_group(group)
@@ -187,7 +192,7 @@ def find_ranks(timeout: float) -> Ranks:
     nodes = list(members.values())
     node = members[own["node"]]
     names = [f"rank {i} (host {fact['host']}, process {fact['process']})" for i, fact in enumerate(facts)]
-    return Ranks(
+    ranks = Ranks(
         rank=rank,
         size=size,
         nodes=nodes,
@@ -205,6 +210,15 @@ def find_ranks(timeout: float) -> Ranks:
             listener=listener,
         ),
     )
+    # A script that ends without destroying its engine must not leave their threads to the interpreter's end.
+    atexit.register(_leave_groups_of, weakref.ref(ranks))
+    return ranks
+
+
+def _leave_groups_of(ranks: weakref.ref[Ranks]) -> None:
+    alive = ranks()
+    if alive is not None:
+        alive._leave_groups()
 
 
 def node_name() -> str:

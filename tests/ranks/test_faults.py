@@ -28,9 +28,9 @@ BUFFER = "deepspeed_allreduce_buffer_"
 class Victims:
     """A world that trains and saves in ``folder``; what is left of it is ended with the context."""
 
-    def __init__(self, folder: Path, name: str, stage: int, **environment: str) -> None:
+    def __init__(self, folder: Path, name: str, stage: int, *more: str, **environment: str) -> None:
         self.logs = folder / name
-        arguments = ["-m", "tests.ranks.victim", str(folder), str(stage), str(TIMEOUT)]
+        arguments = ["-m", "tests.ranks.victim", str(folder), str(stage), str(TIMEOUT), *more]
         self.world = start_world(self.logs, RANKS, arguments, **environment)
 
     def __enter__(self) -> Victims:
@@ -115,6 +115,22 @@ def test_a_rank_that_is_stopped(lost, tmp_path):
         victims.world[lost].send_signal(signal.SIGSTOP)
         victims.others_end(lost)
     check_whole(tmp_path)
+
+
+def test_a_rank_whose_script_fails_is_quoted(tmp_path):
+    with Victims(tmp_path, "logs", 0, "4", "bad batch") as victims:
+        victims.wait_until(lambda: victims.world[1].poll() is not None, 120)
+        assert victims.world[1].returncode != 0
+        victims.others_end(1)
+        for rank in (0, 2):
+            assert f"process {victims.world[1].pid}) ended with ValueError: bad batch" in victims.log(rank)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_script_that_never_destroys_its_engine_ends_well(stage, tmp_path):
+    with Victims(tmp_path, "logs", stage, "4") as victims:
+        codes = [process.wait(timeout=120) for process in victims.world]
+        assert codes == [0] * RANKS, [victims.log(rank)[-2000:] for rank in range(RANKS)]
 
 
 def test_buffers_of_killed_ranks_are_gone_after_the_next_start(tmp_path):

@@ -16,6 +16,12 @@ from meft_engine.parallel.ranks import Ranks
 SHAPES = [((3, 5), torch.bfloat16), ((7,), torch.int32), ((1000, 33), torch.float32)]
 
 
+@pytest.fixture(autouse=True)
+def _without_garbage() -> None:
+    """What other tests have left must not go while this one counts."""
+    gc.collect()
+
+
 def mappings() -> int:
     with open("/proc/self/maps") as maps:
         return sum("memfd:meft-rows" in line for line in maps)
