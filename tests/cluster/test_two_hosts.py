@@ -181,3 +181,39 @@ def test_one_host_goes_on_from_the_last_checkpoint(
     found = results(tmp_path, "meft")
     assert [result["first_step"] for result in found] == [saved_at] * ranks
     assert mean_losses(found) == pytest.approx(alone["meft"][saved_at:], abs=1e-4)
+
+
+def test_the_launcher_ends_when_a_host_is_cut_off(lab: Lab, tmp_path: Path) -> None:
+    """``deepspeed --hostfile`` itself, whose ssh has to be told how long to wait for a host."""
+    (config,) = (c for c in write_configs(tmp_path, communication={"timeout": TIMEOUT}) if c.stem == "meft")
+    options = {"checkpoints": tmp_path / "checkpoints", "save_every": SAVE_EVERY, "steps": 1000, "pause": 0.3}
+    (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    write_deepspeed_env(tmp_path)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "hostfile"]
+    command = [*launcher, "--module", "meft_engine.run", *arguments(tmp_path, [config], **options)]
+    patience = "-o ServerAliveInterval=1 -o ServerAliveCountMax=3"
+    environment = plain_environment(PYTHONPATH=str(ROOT), PDSH_SSH_ARGS_APPEND=patience)
+    log = tmp_path / "launcher.log"
+    process = lab["n1"].start(command, tmp_path, log, environment)
+    try:
+        until = time.monotonic() + 300
+        files = [tmp_path / f"meft.rank{rank}.json" for rank in range(2)]
+        while not all(f.exists() and len(json.loads(f.read_text())["losses"]) > 2 * SAVE_EVERY for f in files):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-4000:]
+            time.sleep(0.1)
+        lab.link_down("n2")
+        began = time.monotonic()
+        assert process.wait(timeout=5 * TIMEOUT) != 0
+        assert "rank 1 (host n2" in log.read_text(), log.read_text()[-4000:]
+        time.sleep(max(0.0, began + TIMEOUT - time.monotonic()))
+        for host in lab.hosts.values():
+            assert "train.py" not in host.run(["ps", "-eo", "args"]), f"a rank goes on at {host.name}"
+    finally:
+        process.kill()
+        process.wait()
+        lab.link_up("n2")
+    tag = (tmp_path / "checkpoints" / "latest").read_text()
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / tag / "meft").glob("rank-*")) == [
+        "rank-0-of-2.safetensors",
+        "rank-1-of-2.safetensors",
+    ]
