@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,7 @@ def run(ranks: Ranks, plan: Plan) -> dict[str, Any]:
         for number, case in enumerate(plan.cases):
             if case.nodes > 1:
                 ranks.nodes = _played(ranks, case.nodes)
+                ranks.join_column(timedelta(minutes=5))
                 adapter = Adapter(ranks, shape)
                 found["steps"].append({"shape": index, "case": number, **adapter.steps(case, plan.repetitions)})
                 adapter.close()
@@ -273,8 +275,6 @@ def run(ranks: Ranks, plan: Plan) -> dict[str, Any]:
 
 def _played(ranks: Ranks, nodes: int) -> list[list[int]]:
     """As many nodes of equally many ranks, of the ranks of this machine."""
-    if ranks.publishing_group is None:
-        ranks.publishing_group = dist.new_group(backend="gloo")
     members = ranks.size // nodes
     return [list(range(node * members, (node + 1) * members)) for node in range(nodes)]
 

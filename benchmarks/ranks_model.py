@@ -111,8 +111,9 @@ class Load:
 
     @property
     def messages(self) -> int:
-        """How many a rank sends: to all others in every all_to_all, and around the ring in two gathers."""
-        return (1 + self.buckets + self.rounds + 2) * (self.ranks - 1)
+        """How many a rank sends: to all others in every all_to_all of gradients, around the ring in two gathers, and to
+        one rank of every other node in those of rows."""
+        return (1 + self.buckets + 2) * (self.ranks - 1) + self.rounds * (self.nodes - 1)
 
     @property
     def dense_bytes(self) -> float:
@@ -142,7 +143,7 @@ def exchange_seconds(c: Constants, load: Load) -> dict[str, float]:
     """Seconds of a step by what they go to; ``exchange`` is all but ``publication``."""
     if load.ranks == 1:
         return dict.fromkeys(("counts", "facts", "gradients", "handling", "exchange", "publication"), 0.0)
-    start, ring = _all_to_all_of_nothing(c, load), _ring_of_nothing(c, load)
+    start, ring = _all_to_all_of_nothing(c, load, load.ranks), _ring_of_nothing(c, load)
     row = ID_BYTES + load.shape.width * load.wire_bytes
     members = load.ranks / load.nodes
     # Bytes out of a node for one that a rank sends: those of all its ranks, as far as they go to other nodes.
@@ -153,7 +154,8 @@ def exchange_seconds(c: Constants, load: Load) -> dict[str, float]:
         "gradients": load.buckets * start + load.gradient_bytes * max(c.byte, crossing / c.network),
         "handling": load.shape.tables * (c.handled_table + load.touched * row * c.handled_byte),
     }
-    published = load.rounds * start + load.published_bytes * max(c.byte + c.handled_byte, members / c.network)
+    published = load.rounds * _all_to_all_of_nothing(c, load, load.nodes)
+    published += load.published_bytes * max(c.byte + c.handled_byte, members / c.network)
     return {**parts, "exchange": sum(parts.values()), "publication": published}
 
 
@@ -161,7 +163,8 @@ def message_seconds(c: Constants, load: Load) -> float:
     """The part of the above that there would be if messages were empty."""
     if load.ranks == 1:
         return 0.0
-    return (1 + load.buckets + load.rounds) * _all_to_all_of_nothing(c, load) + 2 * _ring_of_nothing(c, load)
+    gradients = (1 + load.buckets) * _all_to_all_of_nothing(c, load, load.ranks)
+    return gradients + load.rounds * _all_to_all_of_nothing(c, load, load.nodes) + 2 * _ring_of_nothing(c, load)
 
 
 def network_seconds(c: Constants, load: Load) -> float:
@@ -171,8 +174,8 @@ def network_seconds(c: Constants, load: Load) -> float:
     return load.network_bytes / c.network + (1 + load.buckets + load.rounds + 2 * (load.ranks - 1)) * c.latency
 
 
-def _all_to_all_of_nothing(c: Constants, load: Load) -> float:
-    return c.collective + (load.ranks - 1) * c.message + (c.latency if load.nodes > 1 else 0.0)
+def _all_to_all_of_nothing(c: Constants, load: Load, members: int) -> float:
+    return c.collective + (members - 1) * c.message + (c.latency if load.nodes > 1 else 0.0)
 
 
 def _ring_of_nothing(c: Constants, load: Load) -> float:

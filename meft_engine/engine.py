@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meft_engine import trainer_logs, watching
 from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
 from meft_engine.checkpoint import adapter_files, engine_state, save_pretrained
-from meft_engine.config import MeftConfig, find_block
+from meft_engine.config import MeftConfig, MeftConfigError, find_block
 from meft_engine.cores import claim_cores, rank_cores, running_on
 from meft_engine.joint_norm import PlainJointNorm, install_joint_norm
 from meft_engine.optim.sparse_adam import SparseCPUAdam
@@ -361,6 +361,11 @@ class MeftEngine(DeepSpeedEngine):
 def _shared_rows(engine: MeftEngine, attached: AttachedAdapters, block: MeftConfig) -> SharedRows:
     """Gradients are averaged as DeepSpeed averages those of its parameters: by a mean over ranks that see different
     data, or by a sum where the engine was told so (which ZeRO stage 3 ignores)."""
+    if engine.seq_dp_world_size != engine.ranks.size:
+        raise MeftConfigError(
+            f"DeepSpeed reduces gradients over {engine.seq_dp_world_size} of {engine.ranks.size} ranks, which is not "
+            "supported with MEFT; for sequence parallelism pass an mpu whose get_sequence_data_parallel_group holds all"
+        )
     mean = engine.gradient_average or engine.zero_optimization_partition_weights()
     different = engine.ranks.size / engine.sequence_parallel_size
     shape = block.adapter

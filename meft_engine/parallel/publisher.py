@@ -19,8 +19,8 @@ _ID = torch.int32
 class RowPublisher:
     """Brings rows that one rank has updated to every other node, to one rank each, which writes them there.
 
-    It works on the thread that updates rows, in a process group of its own, table after table in the order of the
-    forward; all ranks take part, also with no rows of their own.
+    It works on the thread that updates rows, in the process group of a column, table after table in the order of the
+    forward; all ranks of the column take part, also with no rows of their own.
 
     Args:
         round_bytes: about how much a rank sends at once.
@@ -28,9 +28,14 @@ class RowPublisher:
 
     def __init__(self, ranks: Ranks, *, round_bytes: int = _ROUND_BYTES) -> None:
         self._ranks, self._round_bytes = ranks, round_bytes
+        self._members = next(column for column in ranks.columns if ranks.rank in column)
         others = [node for node in ranks.nodes if ranks.rank not in node]
         self._receivers = [ranks.counterpart(ranks.rank, node) for node in others]
-        self._senders = [rank for node in others for rank in node if ranks.counterpart(rank, ranks.node) == ranks.rank]
+        self._senders = [
+            rank
+            for rank in self._members
+            if rank not in ranks.node and ranks.counterpart(rank, ranks.node) == ranks.rank
+        ]
         self.bytes_sent = 0
         """To other nodes, since the beginning."""
 
@@ -51,19 +56,19 @@ class RowPublisher:
         sizes = [plane[:1].nbytes for plane in planes]
         a_row = _ID.itemsize + sum(sizes)
         block = max(1, self._round_bytes // (a_row * max(1, len(self._ranks.nodes) - 1)))
-        for start in range(0, max(touched), block):
+        members = self._members
+        for start in range(0, max(touched[rank] for rank in members), block):
             own = rows[start : start + block]
-            counts = [min(block, max(0, count - start)) for count in touched]
+            counts = [min(block, max(0, touched[rank] - start)) for rank in members]
             payload = _packed(own, [plane.index_select(0, own) for plane in planes])
-            sent = [payload.numel() if rank in self._receivers else 0 for rank in range(self._ranks.size)]
-            received = [counts[rank] * a_row if rank in self._senders else 0 for rank in range(self._ranks.size)]
+            sent = [payload.numel() if rank in self._receivers else 0 for rank in members]
+            received = [n * a_row if rank in self._senders else 0 for rank, n in zip(members, counts, strict=True)]
             found = torch.empty(sum(received), dtype=torch.uint8)
             with self._ranks.communicating():
                 self._send(found, payload.repeat(len(self._receivers)), received, sent, beat)
-            for rank, part in zip(range(self._ranks.size), found.split(received), strict=True):
-                if counts[rank] and rank in self._senders:
-                    theirs = self._unpack(part, counts[rank], planes)
-                    table.refresh(theirs)
+            for count, part in zip(counts, found.split(received), strict=True):
+                if part.numel():
+                    table.refresh(self._unpack(part, count, planes))
 
     def _send(
         self, found: Tensor, payload: Tensor, received: list[int], sent: list[int], beat: Callable[[], None]

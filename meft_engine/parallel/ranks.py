@@ -48,7 +48,7 @@ class Ranks:
     group: Any = None
     """For what training threads exchange."""
     publishing_group: Any = None
-    """For what the threads that update rows exchange, where there is more than one node."""
+    """Of this rank's column, for what the threads that update rows send to other nodes; ``None`` on one node."""
     lifeline: Lifeline = field(default_factory=lambda: Lifeline(0, ["rank 0"], None, "alone", 1.0))
 
     @property
@@ -61,10 +61,22 @@ class Ranks:
         """This rank's place on its node."""
         return self.node.index(self.rank)
 
+    @property
+    def columns(self) -> list[list[int]]:
+        """Ranks that publish rows to each other: those at the same place of their nodes, in the order of the nodes.
+
+        As many as the smallest node has ranks, so that each has a rank on every node.
+        """
+        count = min(len(node) for node in self.nodes)
+        return [
+            [rank for node in self.nodes for place, rank in enumerate(node) if place % count == column]
+            for column in range(count)
+        ]
+
     def counterpart(self, rank: int, node: Sequence[int]) -> int:
         """The rank of ``node`` that receives there what ``rank``, of another node, has to say."""
-        own = next(members for members in self.nodes if rank in members)
-        return node[own.index(rank) % len(node)]
+        column = next(members for members in self.columns if rank in members)
+        return next(other for other in node if other in column)
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Block until a condition holds that other ranks of this node bring about.
@@ -77,6 +89,13 @@ class Ranks:
             self.lifeline.check()
             time.sleep(pause)
             pause = min(2 * pause, 1e-3)
+
+    def join_column(self, patience: timedelta) -> None:
+        """Make the groups in which rows are published; all ranks take part in each, and keep that of their column."""
+        for column in self.columns if len(self.nodes) > 1 else []:
+            made = dist.new_group(column, backend="gloo", timeout=patience)
+            if self.rank in column:
+                self.publishing_group = made
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
@@ -200,7 +219,6 @@ def find_ranks(timeout: float) -> Ranks:
         names=names,
         cores=share_cores(node.index(rank), [set(facts[i]["cores"]) for i in node], Topology.read()),
         group=group,
-        publishing_group=dist.new_group(backend="gloo", timeout=patience) if len(nodes) > 1 else None,
         lifeline=Lifeline(
             rank,
             names,
@@ -210,6 +228,7 @@ def find_ranks(timeout: float) -> Ranks:
             listener=listener,
         ),
     )
+    ranks.join_column(patience)
     # A script that ends without destroying its engine must not leave their threads to the interpreter's end.
     atexit.register(_leave_groups_of, weakref.ref(ranks))
     return ranks

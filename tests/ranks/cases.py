@@ -34,6 +34,8 @@ class Case:
     nodes: list[list[int]] | None = None
     """Which ranks share a node; ``None``: all."""
     bf16: bool = False
+    sequence: int = 1
+    """How many ranks share a sequence, for DeepSpeed; here each has one of its own all the same."""
     small_messages: bool = False
     """Whether gradients and rows travel in many small messages."""
     adapter: dict[str, Any] = field(default_factory=dict)

@@ -9,12 +9,15 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.utils import groups
 from torch import Tensor
 
 import meft_engine
@@ -42,7 +45,12 @@ def start(case: Case, rank: int) -> Any:
     torch.manual_seed(0)
     node = "alone" if case.nodes is None else f"node {next(i for i, n in enumerate(case.nodes) if rank in n)}"
     ranks_module.node_name = lambda: node
-    engine = meft_engine.initialize(model=model(), config=case.config())[0]
+    mpu = None
+    if case.sequence > 1 and dist.is_initialized() and dist.get_world_size() > 1:
+        mpu = parallel_state_sp
+        with suppress(AssertionError):  # an earlier case has done so
+            mpu.initialize_sequence_parallel(case.sequence)
+    engine = meft_engine.initialize(model=model(), config=case.config(), mpu=mpu)[0]
     fill_values(engine.meft_adapters)
     if case.small_messages and engine.ranks.size > 1:
         shared = engine._row_step.shared
@@ -81,6 +89,7 @@ def run(case: Case, rank: int, size: int, *, as_one_of: int | None = None) -> di
         exchange = engine._row_step.shared.exchange
         found["bytes_sent"] = exchange.bytes_sent
     engine.destroy()
+    groups.mpu = None  # or later cases would share sequences too
     return found
 
 

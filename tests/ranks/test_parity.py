@@ -51,7 +51,8 @@ def special(ranks: int) -> list[Case]:
         Case("biased", sections=BIASED, stage=2, steps=20),
         Case("sums", top_level={"gradient_allreduce_op": "sum"}, steps=6),
         Case("prescaled", top_level={"prescale_gradients": True}, steps=10),
-        Case("sequence", top_level={"sequence_parallel_size": 2}, steps=10),
+        Case("sequence", sequence=2, steps=6),
+        Case("sequence-partitioned", sequence=2, stage=2, steps=6),
         Case("predivided", top_level={"gradient_predivide_factor": 2.0 * ranks}, steps=10),
     ]
     if ranks == 4:
@@ -71,7 +72,7 @@ def check(case: Case, found: list[dict[str, Any]], expected: dict[str, Any], tol
     ranks = len(found)
     scale = ranks if case.top_level.get("gradient_allreduce_op") == "sum" else 1
     # Ranks that share a sequence add up to one, whose gradient is the mean over fewer.
-    scale *= case.top_level.get("sequence_parallel_size", 1)
+    scale *= case.sequence
     losses = [sum(one) / ranks for one in zip(*(part["losses"] for part in found), strict=True)]
     assert losses == pytest.approx(expected["losses"], abs=tolerance)
     assert len(losses) == case.steps and losses[-1] < losses[0]
