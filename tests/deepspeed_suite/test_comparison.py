@@ -75,7 +75,8 @@ def test_every_overridden_method_falls_back_without_a_block() -> None:
     overridden = {
         name
         for name, value in vars(MeftEngine).items()
-        if callable(value) and name != "__init__" and hasattr(DeepSpeedEngine, name)
+        # By their own names: `zero.Init` leaves copies of `__init__` behind in every class.
+        if callable(value) and name == value.__name__ != "__init__" and hasattr(DeepSpeedEngine, name)
     }
     unguarded = {name for name in overridden if not hasattr(vars(MeftEngine)[name], "__wrapped__")}
     assert len(overridden) >= 14
