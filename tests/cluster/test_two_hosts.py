@@ -185,6 +185,7 @@ def test_one_host_goes_on_from_the_last_checkpoint(
 
 def test_the_launcher_ends_when_a_host_is_cut_off(lab: Lab, tmp_path: Path) -> None:
     """``deepspeed --hostfile`` itself, whose ssh has to be told how long to wait for a host."""
+    lab.link_up("n2")  # which the tests above have cut off
     (config,) = (c for c in write_configs(tmp_path, communication={"timeout": TIMEOUT}) if c.stem == "meft")
     options = {"checkpoints": tmp_path / "checkpoints", "save_every": SAVE_EVERY, "steps": 1000, "pause": 0.3}
     (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
