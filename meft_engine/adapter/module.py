@@ -139,8 +139,8 @@ class SparseAdapter(nn.Module):
         forward."""
         count, mean = x.shape[0], x.mean(0)
         if self._ranks.size > 1:
-            *total, count = self._ranks.sum(torch.cat([x.double().sum(0), x.new_tensor([count]).double()]))
-            mean = (torch.stack(total) / count).float()
+            total = self._ranks.sum(torch.cat([x.double().sum(0), x.new_tensor([count]).double()]))
+            count, mean = int(total[-1]), (total[:-1] / total[-1]).float()
         if count and bool(mean.isfinite().all()):
             self.set_center(mean)
 

@@ -74,7 +74,7 @@ class GradientExchange:
             dist.all_to_all_single(incoming, counts, group=self._ranks.group)
         self.bytes_sent += counts[:1].nbytes * (self._ranks.size - 1)
         for bucket in self._buckets(counts):
-            self._exchange(bucket, outgoing, counts, incoming)
+            self._exchange(bucket, outgoing, counts.tolist(), incoming.tolist())
         own = [squared_norm(), *(float(self._touched(table)) for table in self._tables)]
         found = self._ranks.gather(torch.tensor(own, dtype=torch.float64))
         self.bytes_sent += found[0].nbytes * (self._ranks.size - 1)
@@ -120,7 +120,11 @@ class GradientExchange:
         return _ID.itemsize + self._tables[index].width * self._dtype.itemsize
 
     def _exchange(
-        self, bucket: list[int], outgoing: list[tuple[Tensor, Tensor, Tensor]], counts: Tensor, incoming: Tensor
+        self,
+        bucket: list[int],
+        outgoing: list[tuple[Tensor, Tensor, Tensor]],
+        counts: list[list[int]],
+        incoming: list[list[int]],
     ) -> None:
         sent, received = self._sizes(bucket, counts), self._sizes(bucket, incoming)
         buffer = torch.empty(sum(sent), dtype=torch.uint8)
@@ -145,14 +149,14 @@ class GradientExchange:
             if parts:
                 self._tables[index].replace_gradient(*self._sum(parts, self._tables[index].threads))
 
-    def _sizes(self, bucket: list[int], counts: Tensor) -> list[int]:
+    def _sizes(self, bucket: list[int], counts: list[list[int]]) -> list[int]:
         """Bytes to or from every rank; a multiple of what makes views into the whole aligned."""
-        sizes = [sum(int(of_rank[index]) * self._row_bytes(index) for index in bucket) for of_rank in counts]
+        sizes = [sum(of_rank[index] * self._row_bytes(index) for index in bucket) for of_rank in counts]
         return [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
 
-    def _views(self, part: Tensor, bucket: list[int], counts: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    def _views(self, part: Tensor, bucket: list[int], counts: list[int]) -> list[tuple[int, Tensor, Tensor]]:
         """Of each table in one rank's part: ids [n] int32, which come first, and gradients [n, d]."""
-        numbers = [int(counts[index]) for index in bucket]
+        numbers = [counts[index] for index in bucket]
         ids = part[: sum(numbers) * _ID.itemsize].view(_ID).split(numbers)
         start, views = sum(numbers) * _ID.itemsize, []
         for index, number, own_ids in zip(bucket, numbers, ids, strict=True):

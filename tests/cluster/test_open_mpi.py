@@ -14,9 +14,7 @@ from tests.cluster.training import (
     BLOCKS,
     adopted,
     arguments,
-    mean_losses,
-    placement,
-    results,
+    check_one_rank_a_host,
     write_configs,
     write_deepspeed_env,
 )
@@ -68,10 +66,7 @@ def trained(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_ranks_train_as_one_process_does(name: str, trained: Path, alone: dict[str, list[float]]) -> None:
-    found = results(trained, name)
-    assert placement(found) == [("n1", "0", "1"), ("n2", "0", "1")]
-    losses = mean_losses(found)
-    assert losses == pytest.approx(alone[name][: len(losses)], abs=1e-5)
+    check_one_rank_a_host(trained, name, alone)
 
 
 def test_ranks_on_several_hosts_need_an_address(lab: Lab, tmp_path: Path) -> None:

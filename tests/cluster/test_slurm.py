@@ -17,9 +17,7 @@ from tests.cluster.training import (
     BLOCKS,
     adopted,
     arguments,
-    mean_losses,
-    placement,
-    results,
+    check_one_rank_a_host,
     write_configs,
 )
 
@@ -89,7 +87,4 @@ def trained(request: pytest.FixtureRequest, slurm: Slurm, tmp_path_factory: pyte
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_ranks_train_as_one_process_does(name: str, trained: Path, alone: dict[str, list[float]]) -> None:
-    found = results(trained, name)
-    assert placement(found) == [("n1", "0", "1"), ("n2", "0", "1")]
-    losses = mean_losses(found)
-    assert losses == pytest.approx(alone[name][: len(losses)], abs=1e-5)
+    check_one_rank_a_host(trained, name, alone)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cluster.lab import ROOT, plain_environment
 from tests.families import tiny_block
 from tests.integration.conftest import free_port
@@ -90,3 +92,11 @@ def mean_losses(found: Sequence[dict[str, Any]]) -> list[float]:
 def placement(found: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """Host, local rank and ranks of the host, in the order of ranks."""
     return [(r["host"], r["variables"]["LOCAL_RANK"], r["variables"]["LOCAL_SIZE"]) for r in found]
+
+
+def check_one_rank_a_host(folder: Path, name: str, alone: dict[str, list[float]]) -> None:
+    """Two hosts with a rank each trained what one process trains."""
+    found = results(folder, name)
+    assert placement(found) == [("n1", "0", "1"), ("n2", "0", "1")]
+    losses = mean_losses(found)
+    assert losses == pytest.approx(alone[name][: len(losses)], abs=1e-5)
