@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meft_engine.adapter.attach import attach
+from meft_engine.config import MeftConfig
 from tests.families import VOCAB, tiny_block, tiny_llama
 from tests.integration.engines import ds_config
 
@@ -25,7 +28,8 @@ class Case:
     name: str
     touched: str = "overlapping"
     """``overlapping``: each rank has sentences of its own. ``equal``: all have the same. ``disjoint``: no row is
-    touched by two ranks. ``empty``: all but the first rank have padding alone."""
+    touched by two ranks. ``empty``: all but the first rank have padding alone. ``idle``: nobody touches rows of another
+    owner than rank 0."""
     stage: int = 0
     mode: str = "lazy"
     overlap: bool = True
@@ -45,7 +49,7 @@ class Case:
     def config(self) -> dict[str, Any]:
         """The DeepSpeed configuration."""
         shape = {"rows": 120, "num_experts": 12, **self.adapter}
-        if self.touched == "disjoint":
+        if self.touched in ("disjoint", "idle"):
             # What a first layer routes does not change while its router does not.
             shape |= {"gate": "none", "layers_to_transform": [0]}
         optimizer = {"mode": self.mode, "overlap": self.overlap, **self.sections.get("optimizer", {})}
@@ -76,9 +80,9 @@ def sentences(case: Case, step: int, micro_step: int, rank: int, ranks: int) -> 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (SEQUENCES, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
-    if case.touched == "disjoint":
+    if case.touched in ("disjoint", "idle"):
         # A sentence of one word gives the same input at all its places, and so one choice of experts.
-        words = torch.tensor(_words_apart(ranks)[rank])
+        words = torch.tensor(_words_apart(ranks)[rank] if case.touched == "disjoint" else _words_of_rank_0(ranks))
         ids = words[torch.randint(0, len(words), (SEQUENCES, 1), generator=generator)].expand(-1, LENGTH).contiguous()
     if case.touched == "empty" and rank:
         mask.zero_()
@@ -92,31 +96,37 @@ def loss_of(engine: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return (each * mask[:, 1:].flatten()).sum() / mask[:, 1:].numel()
 
 
-_found: dict[int, list[list[int]]] = {}
+@functools.cache
+def _experts_of_words() -> dict[int, frozenset[int]]:
+    """Of every word, the experts that it chooses in the first layer."""
+    base = model().eval()
+    block = MeftConfig.from_block(Case("", touched="disjoint").config()["meft"])
+    adapter = next(iter(attach(base, block, compute_dtype=torch.float32).adapters.values()))
+    seen: list[Tensor] = []
+    adapter.observers.append(lambda selection, *_: seen.append(selection.experts))
+    with torch.no_grad():
+        for word in range(3, VOCAB):
+            base(input_ids=torch.full((1, 2), word), use_cache=False)
+    return {word: frozenset(experts.flatten().tolist()) for word, experts in zip(range(3, VOCAB), seen, strict=True)}
 
 
+@functools.cache
 def _words_apart(ranks: int) -> list[list[int]]:
     """For each rank a few words whose experts in the first layer no other rank's words have."""
-    if ranks not in _found:
-        from meft_engine.adapter.attach import attach
-        from meft_engine.config import MeftConfig
+    experts_of = _experts_of_words()
+    groups: list[list[int]] = []
+    taken: set[int] = set()
+    for word, experts in experts_of.items():
+        if len(groups) < ranks and not experts & taken:
+            taken |= experts
+            groups.append([word, *(w for w, e in experts_of.items() if e == experts and w != word)][:3])
+    assert len(groups) == ranks, "too few words choose experts of their own"
+    return groups
 
-        base = model().eval()
-        block = MeftConfig.from_block(Case("", touched="disjoint").config()["meft"])
-        adapter = next(iter(attach(base, block, compute_dtype=torch.float32).adapters.values()))
-        experts_of: dict[int, frozenset[int]] = {}
-        adapter.observers.append(lambda selection, *_: seen.append(selection.experts))
-        with torch.no_grad():
-            for word in range(3, VOCAB):
-                seen: list[Tensor] = []
-                base(input_ids=torch.full((1, 2), word), use_cache=False)
-                experts_of[word] = frozenset(seen[0].flatten().tolist())
-        groups: list[list[int]] = []
-        taken: set[int] = set()
-        for word, experts in experts_of.items():
-            if len(groups) < ranks and not experts & taken:
-                taken |= experts
-                groups.append([word, *(w for w, e in experts_of.items() if e == experts and w != word)][:3])
-        assert len(groups) == ranks, "too few words choose experts of their own"
-        _found[ranks] = groups
-    return _found[ranks]
+
+@functools.cache
+def _words_of_rank_0(ranks: int) -> list[int]:
+    """Words that choose experts of rank 0 alone in the first layer."""
+    found = [word for word, experts in _experts_of_words().items() if max(experts) < 12 // ranks]
+    assert found, "no word chooses experts of rank 0 alone"
+    return found

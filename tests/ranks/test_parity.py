@@ -32,6 +32,7 @@ FEW = [
     Case("few-plain", steps=8, accumulation=2),
     Case("few-empty", "empty", stage=2, mode="dense_equivalent", steps=8),
     Case("few-disjoint", "disjoint", stage=3, overlap=False, steps=8),
+    Case("few-idle", "idle", steps=8),
     Case("few-nodes", stage=1, steps=8, nodes=[[0], [1]], bf16=True),
 ]
 BALANCED = {"router": {"balance": "loss", "balance_coef": 0.05}}
@@ -102,6 +103,8 @@ def check_touched(case: Case, found: list[dict[str, Any]]) -> None:
             assert all(one == parts[0] and one for parts in sets for one in parts)
         elif case.touched == "disjoint":
             assert all(not a & b and a for parts in sets for a, b in itertools.combinations(parts, 2))
+        elif case.touched == "idle":
+            assert all(parts[0] and max(one, default=0) < 120 // len(found) for parts in sets for one in parts)
         elif case.touched == "empty":
             assert all(parts[0] and not any(parts[1:]) for parts in sets)
         else:
