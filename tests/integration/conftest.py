@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
+from tests.ports import free_port
 
 # Before DeepSpeed is imported: it reads them at import or when it joins the process group.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

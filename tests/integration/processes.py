@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.integration.conftest import free_port
+from tests.ports import free_port
 
 SCRIPTS = Path(__file__).parent / "scripts"
 

@@ -73,7 +73,7 @@ def run(case: Case, rank: int, size: int, *, as_one_of: int | None = None) -> di
         for micro_step in range(case.accumulation):
             members = range(as_one_of) if as_one_of else [rank]
             parts = [sentences(case, step, micro_step, member, as_one_of or size) for member in members]
-            loss = loss_of(engine, *(torch.cat(kind) for kind in zip(*parts, strict=True)))
+            loss = loss_of(engine, *(torch.cat(kind).to(engine.device) for kind in zip(*parts, strict=True)))
             engine.backward(loss)
             if micro_step == case.accumulation - 1:
                 found["touched"].append(touched(engine))
@@ -85,6 +85,7 @@ def run(case: Case, rank: int, size: int, *, as_one_of: int | None = None) -> di
     found["rows"], found["state"] = rows_and_state(engine)
     found["routers"] = router_values(engine)
     found["report"] = engine.meft_report()
+    found["devices"], found["resident_equals_host"] = places(engine)
     if size > 1:
         exchange = engine._row_step.shared.exchange
         found["bytes_sent"] = exchange.bytes_sent
@@ -105,6 +106,16 @@ def digest(engine: Any) -> str:
     for table in tables(engine).values():
         found.update(table.planes()[0].contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def places(engine: Any) -> tuple[dict[str, str], bool]:
+    """Where the compute copies of keys and of values are read, and whether a device's copy is the host's."""
+    devices, equal = {}, True
+    for name, table in tables(engine).items():
+        with table.reading() as rows:
+            devices[name.rsplit("/", 1)[1]] = rows.device.type
+            equal &= torch.equal(rows.cpu(), table.planes()[0])
+    return devices, equal
 
 
 def rows_and_state(engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:

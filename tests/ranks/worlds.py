@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.integration.conftest import free_port
+from tests.ports import free_port
 from tests.ranks.cases import Case
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +72,15 @@ def wait_for_world(folder: Path, world: list[subprocess.Popen], timeout: float) 
         end_world(world)
 
 
-def run_cases(folder: Path, ranks: int, cases: list[Case], timeout: float = 900) -> dict[str, list[dict[str, Any]]]:
+def run_cases(
+    folder: Path, ranks: int, cases: list[Case], timeout: float = 900, **environment: str
+) -> dict[str, list[dict[str, Any]]]:
     """Run all cases in one world; of each, what every rank found."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([case.as_dict() for case in cases]))
-    wait_for_world(folder, start_world(folder, ranks, ["-m", "tests.ranks.member", str(folder)]), timeout)
-    return {case.name: [torch.load(folder / f"{case.name}.{rank}.pt") for rank in range(ranks)] for case in cases}
+    world = start_world(folder, ranks, ["-m", "tests.ranks.member", str(folder)], **environment)
+    wait_for_world(folder, world, timeout)
+    return {
+        case.name: [torch.load(folder / f"{case.name}.{rank}.pt", map_location="cpu") for rank in range(ranks)]
+        for case in cases
+    }
