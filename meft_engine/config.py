@@ -261,8 +261,18 @@ class CommunicationConfig(_Section):
 class CheckpointConfig(_Section):
     """What ``save_checkpoint`` writes."""
 
+    async_save: bool = False
+    """Train on while a checkpoint's rows are written: they are what they were when the save began."""
+
+    snapshot_bytes: int | None = Field(None, ge=1)
+    """Memory for copies of rows that change while they wait to be written; when it is used up, the update waits.
+    ``null``: a quarter of the memory that is free when training starts."""
+
     save_base: bool = False
     """Also write the frozen base model into every checkpoint. Off: a resume starts from the same base model."""
+
+    keep_last: int | None = Field(None, ge=1)
+    """How many checkpoints stay in a folder; older ones are removed once a new one is whole. ``null``: all."""
 
 
 class MonitorConfig(_Section):

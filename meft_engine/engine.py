@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from meft_engine import trainer_logs, watching
 from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
-from meft_engine.checkpoint import adapter_files, engine_state, save_pretrained
+from meft_engine.checkpoint import engine_state, export, folders, save_pretrained
+from meft_engine.checkpoint.saver import CheckpointSaver
 from meft_engine.config import MeftConfig, MeftConfigError, find_block
 from meft_engine.cores import claim_cores, rank_cores, running_on
 from meft_engine.joint_norm import PlainJointNorm, install_joint_norm
@@ -33,7 +34,7 @@ from meft_engine.param_groups import (
     undo_construction_step,
 )
 from meft_engine.phases import PhaseClock, phase, use_clock
-from meft_engine.report import describe, make_report
+from meft_engine.report import describe, make_report, training_figures
 from meft_engine.router_lr import scale_router_steps
 from meft_engine.row_step import RowStep
 from meft_engine.support import compute_dtype_of, require_support, require_support_of_ranks
@@ -135,6 +136,13 @@ class MeftEngine(DeepSpeedEngine):
         scale = block.router.lr_scale
         self._router_hooks = scale_router_steps(self, attached, scale) if scale != 1.0 else []
         save_pretrained.install(self)
+        saving = block.checkpoint
+        self._saver = CheckpointSaver(
+            self,
+            background=saving.async_save,
+            snapshot_bytes=saving.snapshot_bytes,
+            keep_last=saving.keep_last,
+        )
         self._watch = watching.Watch(self)
         watching.attach_to_model(self)
         trainer_logs.extend()
@@ -204,6 +212,7 @@ class MeftEngine(DeepSpeedEngine):
 
     def _step_with_rows(self, lr_kwargs: dict[str, Any] | None) -> None:
         use_clock(self.phases)
+        self._saver.check()
         # A bare optimizer has no such attribute, and DeepSpeed's fused one for bf16 has None.
         loss_scale = getattr(self.optimizer, "loss_scale", None) or 1.0
         self._row_step.begin(self.basic_optimizer.param_groups, loss_scale)
@@ -244,6 +253,7 @@ class MeftEngine(DeepSpeedEngine):
         for hook in self._router_hooks:
             hook.remove()  # the optimizer may be the caller's, and live on
         try:
+            self._saver.close()
             self._row_step.close()
         finally:
             self.ranks.close()
@@ -264,24 +274,27 @@ class MeftEngine(DeepSpeedEngine):
     ) -> bool:
         """DeepSpeed's checkpoint, with rows, moments, steps and random state as safetensors in its ``meft`` folder.
 
+        It is there whole, under its name, or not at all. With ``checkpoint.async_save`` this returns before it is.
+
         Raises:
             RuntimeError: inside an accumulation window, whose partial gradients no checkpoint holds.
+            CheckpointSaveError: if it could not be written, or the one before in the background could not.
         """
         engine_state.require_boundary(self._window_micro_steps, self.gradient_accumulation_steps())
         self.synchronize_rows()
-        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
-        engine_state.save(self, Path(save_dir, tag))
-        saved = super().save_checkpoint(
-            save_dir,
-            tag,
-            client_state=client_state or {},
-            save_latest=False,
-            exclude_frozen_parameters=exclude_frozen_parameters or not self.meft_config.checkpoint.save_base,
+        self._saver.save(
+            Path(save_dir),
+            str(tag) if tag is not None else f"global_step{self.global_steps}",
+            save_latest=save_latest,
+            write_deepspeed=lambda partial: super(MeftEngine, self).save_checkpoint(
+                save_dir,
+                partial,
+                client_state=client_state or {},
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen_parameters or not self.meft_config.checkpoint.save_base,
+            ),
         )
-        if save_latest:
-            # Of its own accord DeepSpeed does so before other ranks have written their parts.
-            engine_state.set_latest(self, Path(save_dir), tag)
-        return saved
+        return True
 
     @_needs_block
     def load_checkpoint(
@@ -301,7 +314,8 @@ class MeftEngine(DeepSpeedEngine):
             FileNotFoundError: if a file is missing, ``latest`` included.
         """
         self.synchronize_rows()
-        folder = engine_state.find_checkpoint(load_dir, tag)
+        self._saver.finish()
+        folder = folders.find(Path(load_dir), tag)
         resume = load_optimizer_states and not load_module_only
         engine_state.require_match(self, folder, resume=resume)
         # DeepSpeed must not insist on a base that was not saved; what differs from ours has been refused above.
@@ -337,20 +351,29 @@ class MeftEngine(DeepSpeedEngine):
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
         return super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
 
-    def save_adapter(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def save_adapter(
+        self,
+        folder: str | Path,
+        *,
+        dtype: Literal["bf16", "fp32"] | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the adapter alone (for :func:`meft_engine.load_adapter`) to ``folder``.
 
         Args:
+            dtype: of the rows there; ``None``: as the model computes with them.
             state_dict: of the model, if it is at hand; under ZeRO stage 3 it spares gathering the routers, for which
                 all ranks have to call this. Rank 0 writes.
         """
         self.synchronize_rows()
-        adapter_files.save_adapter(
+        export.save_adapter(
             self.meft_adapters,
             Path(folder),
             write=self.ranks.rank == 0,
-            read=self.row_optimizer.current,
+            read=self.row_optimizer.current_masters,
+            dtype=DTYPES[dtype] if dtype is not None else None,
             state_dict=state_dict,
+            figures=training_figures(self),
         )
 
     def meft_report(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from meft_engine.adapter.attach import AttachedAdapters
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_engine.parallel.ranks import Ranks
 from meft_engine.zero_parameters import full_shape
+
+if TYPE_CHECKING:
+    from meft_engine.engine import MeftEngine
 
 logger = logging.getLogger("meft_engine")
 
@@ -56,6 +59,23 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         "device_bytes": sum(table.device_bytes() for table in tables) + _DENSE_BYTES_PER_PARAMETER * router_parameters,
         "dense_device_bytes": _DENSE_BYTES_PER_PARAMETER * rows_parameters,
     }
+
+
+def training_figures(engine: MeftEngine) -> dict[str, Any]:
+    """What a model card says of the training."""
+    report = make_report(engine.meft_adapters, engine.row_optimizer)
+    losses = [float(loss) for _, loss in engine.step_losses]
+    figures = {
+        "optimizer steps": engine.global_steps,
+        "sequences": engine.global_samples,
+        "loss of the last step": f"{losses[-1]:.4g}" if losses else None,
+        "learning rate of the rows now": f"{engine.row_optimizer.param_groups[0]['lr']:.3g}",
+        "optimizer of the rows": engine.meft_config.optimizer.mode,
+        "rows that a micro-batch touches": report["touched_share"] and f"{100 * report['touched_share']:.1f} %",
+        "ZeRO stage": engine.zero_optimization_stage(),
+        "ranks": engine.ranks.size,
+    }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def describe(attached: AttachedAdapters, optimizer: SparseCPUAdam, ranks: Ranks) -> None:

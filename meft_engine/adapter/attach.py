@@ -41,6 +41,8 @@ class AttachedAdapters:
     """A sample of each FFN's gate weights, by which another base model is told apart."""
     base_quantized: bool = False
     """Whether weights of an adapted FFN are kept in fewer bits than they were trained in."""
+    base_model: str | None = None
+    """Hub name or folder of the base model, where it has one."""
     measured_bytes: int = 0
     """How much the process's resident memory grew while the rows and their optimizer state were allocated."""
 
@@ -103,7 +105,8 @@ def attach(
     sharding = _shard(ffns, config, compute_dtype, device, ranks) if ranks.size > 1 else None
 
     base_parameters = sum(math.prod(full_shape(p)) for p in model.parameters())
-    attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {})
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {}, base_model=name or None)
     trackers = {name: CallTracker(model.get_submodule(name)) for name in {ffn.stack for ffn in ffns}}
     for index, ffn in enumerate(ffns):
         gate_weight = ffn.gate_weight

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from meft_engine.adapter.module import SparseAdapter
-from meft_engine.checkpoint import adapter_files
+from meft_engine.checkpoint import folders
 
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
@@ -46,7 +46,7 @@ def install(engine: MeftEngine) -> None:
                 state_dict = engine._zero3_consolidated_16bit_state_dict()
             own = without_adapters(model, state_dict if state_dict is not None else model.state_dict())
             original(save_directory, is_main_process=is_main_process, state_dict=own, **kwargs)
-            folder = folder / adapter_files.SUBFOLDER
+            folder = folder / folders.SUBFOLDER
         gathers = engine.zero_optimization_partition_weights() and state_dict is None
         if is_main_process or gathers:
             engine.save_adapter(folder, state_dict=state_dict)

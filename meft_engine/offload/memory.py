@@ -91,3 +91,9 @@ def pin(mapping: Mapping, address: int) -> None:
             len(mapping) / 2**30,
             int(error),
         )
+
+
+def pieces(rows: slice, row_bytes: int, limit: int = 1 << 24) -> list[slice]:
+    """Consecutive parts of ``rows``, none of which takes more than ``limit`` bytes (but for a single row)."""
+    step = max(1, limit // max(1, row_bytes))
+    return [slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]

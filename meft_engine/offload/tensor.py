@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meft_engine.offload.gradients import GradientAccumulator, RowGradient
-from meft_engine.offload.memory import host_zeros
+from meft_engine.offload.memory import host_zeros, pieces
 from meft_engine.offload.shard import Shard
 from meft_engine.phases import phase
 from meft_kernels import planes
@@ -101,6 +101,10 @@ class PartiallyOffloadedTensor:
         """Set by an optimizer that leaves idle rows behind: the masters [n, d] of some rows brought to date, or
         ``None`` if they are."""
 
+        self.before_change: Callable[[PartiallyOffloadedTensor, Tensor | slice, Callable[[], None]], None] | None = None
+        """Set by who is reading the rows as they are now: called with rows that are about to change, and with a
+        function to call while that has to wait."""
+
         self.max_staleness = max_staleness
         self.reads, self.stale_reads = 0, 0
         # Of values gathered and gradients returned; where device and host are one, what would cross otherwise.
@@ -135,12 +139,18 @@ class PartiallyOffloadedTensor:
 
     @property
     def master(self) -> Tensor:
-        """The fp32 masters [r, d], for reading: a new tensor where they are kept as planes, else the table itself.
+        """The fp32 masters [r, d], for reading: a new tensor where they are kept as planes, else the table's memory.
 
         Of rows that another rank owns, the compute copy.
         """
+        return self.masters(slice(None))
+
+    def masters(self, rows: slice) -> Tensor:
+        """[n, d] float32: those of consecutive rows, as :attr:`master` has them."""
         with self.reading():
-            return planes.join(self._high, self._low) if self._low is not None else self._high.float()
+            if self._low is None:
+                return self._high[rows].float()
+            return planes.join(self._high[rows], self._low[rows])
 
     def planes(self) -> tuple[Tensor, Tensor | None]:
         """What is stored, itself: the bf16 plane and the lower plane, or the fp32 masters and ``None``."""
@@ -163,12 +173,16 @@ class PartiallyOffloadedTensor:
         """
         if source.shape != self.handle.shape:
             raise ValueError(f"{self.name} holds {tuple(self.handle.shape)}, not {tuple(source.shape)}")
+        if low is None:
+            for part in pieces(slice(0, self.rows), self.width * torch.float32.itemsize):
+                self._split(source[part])  # refused before anything is changed
         self.fill_by(
             lambda part: planes.join(source[part].contiguous(), low[part]) if low is not None else source[part].float()
         )
 
     def fill_by(self, read: Callable[[slice], Tensor]) -> None:
-        """Set all rows; where there are several ranks, each of them calls this and writes what is its to write.
+        """Set all rows, some at a time; where there are several ranks, each of them calls this and writes what is its
+        to write. If ``read`` raises, the table is unreadable until it is filled anew.
 
         Args:
             read: gives the masters [n, d] float32 of consecutive rows, of which only compute copies count where
@@ -178,16 +192,15 @@ class PartiallyOffloadedTensor:
             ValueError: for a number that the compute copy cannot hold.
         """
         parts = [slice(0, self.rows)] if self.shard is None else self.shard.fills
-        # Of one rank's rows there is one part, or all of it has been read before anything is changed.
-        found = [(part, *self._split(read(part))) for part in parts]
         if self._torn and self._lock.acquire(blocking=False):
             # An update failed midway, and all that it left is about to be replaced.
             self._torn = False
             self._note_written(self._expected)
             self._lock.release()
         with self._setting():
-            for part, compute, low in found:
-                self._set(part, compute, low)
+            for part in parts:
+                for some in pieces(part, self.width * torch.float32.itemsize):
+                    self._set(some, *self._split(read(some)))
 
     def write(self, rows: Tensor, source: Tensor) -> None:
         """Set some rows' masters from ``source`` [n, d] float32, and their compute copies.
@@ -228,13 +241,19 @@ class PartiallyOffloadedTensor:
         with self.writing():
             yield
 
+    def about_to_change(self, rows: Tensor | slice, beat: Callable[[], None] = lambda: None) -> None:
+        """Say so before rows are written; waits until whoever still needs them as they are has them."""
+        if self.before_change is not None:
+            self.before_change(self, rows, beat)
+
     def _set(self, rows: Tensor | slice, compute: Tensor, low: Tensor | None) -> None:
+        self.about_to_change(rows)
         self._high[rows] = compute
         if self._low is not None:
             if self.shard is None or self.shard.shares_state:
                 self._low[rows] = low
             elif isinstance(rows, slice):
-                if rows == self.shard.owned:
+                if self.shard.owned.start <= rows.start < rows.stop <= self.shard.owned.stop:
                     self._low[rows] = low
             else:
                 mine = self.shard.is_owned(rows)

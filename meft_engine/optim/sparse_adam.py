@@ -15,7 +15,6 @@ from torch import Tensor
 from meft_engine.offload.memory import host_zeros
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.optim.history import StepHistory
-from meft_kernels import planes
 from meft_kernels.dispatch import row_passes
 from meft_kernels.rows import AdamStep, Coast, paired_moments
 
@@ -50,6 +49,7 @@ class RowUpdate:
         with self.table.writing():
             infinite = 0
             for part in self._parts():
+                self.table.about_to_change(part.rows, beat)
                 infinite += row_passes().adam_rows(
                     self.table.row_table(**self.state),
                     part.rows,
@@ -250,20 +250,16 @@ class SparseCPUAdam(torch.optim.Optimizer):
             return None
         return row_passes().read_coasted(table.row_table(**state), rows, coast, eps, threads=table.threads)
 
-    def current(self, table: PartiallyOffloadedTensor) -> Tensor:
-        """The compute copy [r, d] of a table, brought to date; what is stored stays as it is."""
-        if not self._histories:
-            return table.planes()[0]
-        masters = self.current_masters(table)
-        return planes.split(masters)[0] if table.compute_dtype == torch.bfloat16 else masters
+    def current_masters(self, table: PartiallyOffloadedTensor, rows: slice = slice(None)) -> Tensor:
+        """The masters [n, d] float32 of consecutive rows, brought to date, for reading; what is stored stays as it is.
 
-    def current_masters(self, table: PartiallyOffloadedTensor) -> Tensor:
-        """The masters [r, d] float32 of a table, brought to date, for reading; what is stored stays as it is."""
+        Of rows that another rank owns, the compute copy.
+        """
         with table.reading():
             found = None
             if self._histories:
-                found = self._read_current(table, self._group_of(table), torch.arange(table.rows))
-            return table.master if found is None else found
+                found = self._read_current(table, self._group_of(table), torch.arange(table.rows)[rows])
+            return table.masters(rows) if found is None else found
 
     def groups_of_tables(self) -> dict[str, dict[str, Any]]:
         """By a table's name, the index of its group and that group's eps."""
@@ -287,19 +283,10 @@ class SparseCPUAdam(torch.optim.Optimizer):
             self.state[handle] = state
         self.load_histories(state_dict["histories"])
 
-    def saved_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds besides compute copies, itself and by its names there, such as ``<table>/exp_avg``;
-        ``load_histories`` takes back the part that grows."""
-        found = {}
-        for table in self.tables():
-            low = table.planes()[1]
-            kinds = self.state[table.handle] | ({"low": low} if low is not None else {})
-            found |= {f"{table.name}/{kind}": value for kind, value in kinds.items()}
-        return found
-
-    def table_of(self, saved_name: str) -> PartiallyOffloadedTensor:
-        """The table of a name in :meth:`saved_state`."""
-        return next(table for table in self.tables() if table.name == saved_name.rsplit("/", 1)[0])
+    def saved_planes(self, table: PartiallyOffloadedTensor) -> dict[str, Tensor]:
+        """What a checkpoint holds of a table's rows, itself and by kind: ``compute``, ``low`` in bf16, its state."""
+        compute, low = table.planes()
+        return {"compute": compute, **({"low": low} if low is not None else {}), **self.state[table.handle]}
 
     def histories(self) -> dict[str, Tensor]:
         """The settings of every step so far, one [steps, 4] float64 tensor for each group; empty where not needed."""

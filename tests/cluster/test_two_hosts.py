@@ -214,7 +214,7 @@ def test_the_launcher_ends_when_a_host_is_cut_off(lab: Lab, tmp_path: Path) -> N
         process.wait()
         lab.link_up("n2")
     tag = (tmp_path / "checkpoints" / "latest").read_text()
-    assert sorted(path.name for path in (tmp_path / "checkpoints" / tag / "meft").glob("rank-*")) == [
-        "rank-0-of-2.safetensors",
-        "rank-1-of-2.safetensors",
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / tag / "meft").glob("rows-*")) == [
+        "rows-0-of-2.safetensors",
+        "rows-1-of-2.safetensors",
     ]

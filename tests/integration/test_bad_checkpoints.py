@@ -16,8 +16,9 @@ from tests.integration.engines import batch, build_engine, differing, full_state
 TAG = "global_step1"
 OURS = (
     "adapter_config.json",
-    "adapter_model.safetensors",
-    "rank-0-of-1.safetensors",
+    "manifest.json",
+    "rows-0-of-1.safetensors",
+    "shared.safetensors",
 )
 MODEL_STATES, ZERO_STATES = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
@@ -108,7 +109,7 @@ def test_another_base_model_is_refused(stage, saved):
     ("shape", "words"),
     [
         ({"num_hidden_layers": 2}, ("3 FFNs", "this model 2")),
-        ({"hidden_size": 48}, ("model.layers.0.mlp.keys", "(35, 32)", "(35, 48)")),
+        ({"hidden_size": 48}, ("model.layers.0.mlp/keys", "(35, 32)", "(48,)")),
         ({"intermediate_size": 96}, ("another base model",)),
     ],
 )
@@ -122,8 +123,8 @@ def test_load_adapter_refuses_in_the_same_words(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match="is missing"):
         load_adapter(tiny_llama(), tmp_path)
     folder = Path(shutil.copytree(saved[0] / TAG / "meft", tmp_path / "copy"))
-    (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
+    (folder / "rows-0-of-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"rows-0-of-1\.safetensors is missing"):
         load_adapter(tiny_llama(), folder)
 
 
@@ -132,8 +133,8 @@ def test_a_checkpoint_of_another_format_is_refused(saved, engines, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(saved[0], folder)
     described = folder / TAG / "meft" / "adapter_config.json"
-    described.write_text(described.read_text().replace('"format": 4', '"format": 99'))
-    refuse(engines[0], folder, MeftConfigError, "format = 99", "reads 4")
+    described.write_text(described.read_text().replace('"format": 5', '"format": 99'))
+    refuse(engines[0], folder, MeftConfigError, "format = 99", "reads 5")
     model = tiny_llama()
     with pytest.raises(MeftConfigError, match="format = 99"):
         load_adapter(model, folder)

@@ -148,6 +148,7 @@ def test_the_saved_adapter_is_in_the_compute_precision(engines, tmp_path):
     for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         engines[kind].save_adapter(tmp_path / kind)
         assert sorted(path.name for path in (tmp_path / kind).iterdir()) == [
+            "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from meft_engine.checkpoint import folders, shards
+from meft_engine.checkpoint.snapshot import RowSnapshot
 from meft_kernels.planes import join
 from tests.families import VOCAB, tiny_block, tiny_llama
 from tests.integration.engines import (
@@ -98,6 +101,73 @@ def test_resuming_is_exact(stage, bf16, client_schedule, tmp_path):
     assert len(moved) > len(at_save) / 2, "the second half must train, or equality would say nothing"
 
 
+# Every pair of a stage, a mode, overlap on or off, and a save at once or in the background.
+PAIRS = [
+    (0, "lazy", True, True),
+    (0, "dense_equivalent", False, False),
+    (1, "dense_equivalent", True, False),
+    (1, "lazy", False, True),
+    (2, "lazy", True, False),
+    (2, "dense_equivalent", False, True),
+    (3, "dense_equivalent", True, True),
+    (3, "lazy", False, False),
+]
+
+
+@pytest.mark.parametrize(("stage", "mode", "overlap", "background"), PAIRS)
+def test_training_goes_on_from_the_moment_of_the_save(stage, mode, overlap, background, tmp_path, monkeypatch):
+    """Rows are written while later steps change them; a new engine goes on from where they were."""
+    take = RowSnapshot.take
+
+    def take_slowly(snapshot: RowSnapshot, block: Any) -> Any:
+        time.sleep(0.05)
+        return take(snapshot, block)
+
+    block = tiny_block(
+        {"center_inputs": True},
+        optimizer={"mode": mode, "overlap": overlap, "value_lr_scale": 2.0},
+        checkpoint={"async_save": background},
+    )
+    engine = make_engine(stage, stage == 2, False, meft=block)
+    seed_everything(1)
+    run(engine, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(RowSnapshot, "take", take_slowly if background else take)
+        engine.save_checkpoint(str(tmp_path))
+        at_save = full_state(engine)
+        assert background == (not (tmp_path / "latest").exists()), "the save must be on its way while training goes on"
+        after = run(engine, 3)
+        engine._saver.finish()
+    expected = full_state(engine)
+
+    other = make_engine(stage, stage == 2, False, meft=block)
+    seed_everything(99)
+    other.load_checkpoint(str(tmp_path))
+    assert differing(full_state(other), at_save) == []
+    assert run(other, 3) == after
+    assert differing(full_state(other), expected) == []
+    assert len(differing(at_save, expected)) > len(expected) / 2
+
+
+def test_the_next_save_waits_for_the_last(tmp_path, monkeypatch):
+    engine = build_engine(tiny_llama(), tiny_block(checkpoint={"async_save": True}))
+    write, order = shards.write_rows, []
+
+    def write_slowly(*arguments: Any) -> Any:
+        order.append("begin")
+        time.sleep(0.3)
+        order.append("end")
+        return write(*arguments)
+
+    monkeypatch.setattr(shards, "write_rows", write_slowly)
+    for step in range(3):
+        train_step(engine, [batch(step)])
+        engine.save_checkpoint(str(tmp_path))
+    engine.destroy()
+    assert order == ["begin", "end"] * 3
+    assert [folder.name for folder in folders.whole_ones(tmp_path)] == [f"global_step{n}" for n in (1, 2, 3)]
+
+
 def test_skipped_steps_are_part_of_the_state(tmp_path):
     engine = make_engine(2, True, False)
     run(engine, 2)
@@ -158,8 +228,9 @@ def test_what_a_checkpoint_holds(stage, bf16, tmp_path):
         ours = sorted(path.name for path in (folder / "t" / "meft").iterdir())
         assert ours == [
             "adapter_config.json",
-            "adapter_model.safetensors",
-            "rank-0-of-1.safetensors",
+            "manifest.json",
+            "rows-0-of-1.safetensors",
+            "shared.safetensors",
         ]
         assert sorted(path.name for path in (folder / "t").iterdir() if path.is_dir()) == ["meft"]
         states = folder / "t" / "mp_rank_00_model_states.pt"
@@ -173,15 +244,14 @@ def test_what_a_checkpoint_holds(stage, bf16, tmp_path):
 def check_saved_rows(engine: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    saved = load_file(folder / "adapter_model.safetensors")
-    own = load_file(folder / "rank-0-of-1.safetensors")
+    saved = load_file(folder / "rows-0-of-1.safetensors")
     for name, table in tables(engine).items():
-        rows = saved[name.replace("/", ".")]
+        rows = saved[f"{name}/compute/0-35"]
         if rows.dtype == torch.bfloat16:
-            rows = join(rows, own[f"{name}/low"])
+            rows = join(rows, saved[f"{name}/low/0-35"])
         assert torch.equal(rows, table.master)
         for kind, value in engine.row_optimizer.state[table.handle].items():
-            assert torch.equal(own[f"{name}/{kind}"], value)
+            assert torch.equal(saved[f"{name}/{kind}/0-35"], value)
 
 
 def test_a_saved_base_is_restored(tmp_path):

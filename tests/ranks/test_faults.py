@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from meft_engine.checkpoint.rank_files import RankFiles
+from meft_engine.checkpoint.saved_adapter import SavedAdapter
 from tests.ranks.worlds import end_world, start_world
 
 pytestmark = pytest.mark.ranks
@@ -73,10 +73,10 @@ class Victims:
 def check_whole(folder: Path) -> int:
     """Everything that the newest checkpoint consists of can be read; its step."""
     tag = folder / (folder / "latest").read_text()
-    assert len(load_file(tag / "meft" / "adapter_model.safetensors")) > 0
-    with RankFiles(tag / "meft") as files:
-        assert files.ranks == RANKS
-        assert files.read("model.layers.0.mlp/keys", "exp_avg", slice(0, 120)).shape == (120, 32)
+    with SavedAdapter(tag / "meft") as saved:
+        saved.require_whole()
+        assert saved.shards.ranks == RANKS
+        assert saved.shards.read("model.layers.0.mlp/keys", "exp_avg", slice(0, 120)).shape == (120, 32)
     states = list(tag.glob("*.pt"))
     assert states
     for path in states:

@@ -64,9 +64,9 @@ def test_a_missing_rank_s_file_is_named(saved, tmp_path):
     copied = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, copied)
     tag = (copied / "latest").read_text()
-    (copied / tag / "meft" / "rank-1-of-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"rank-1-of-2\.safetensors is missing"):
+    (copied / tag / "meft" / "rows-1-of-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"rows-1-of-2\.safetensors is missing"):
         saving.run(0, 1, mode, "inspect", copied)
-    shutil.copy(copied / tag / "meft" / "rank-0-of-2.safetensors", copied / tag / "meft" / "rank-0-of-3.safetensors")
+    shutil.copy(copied / tag / "meft" / "rows-0-of-2.safetensors", copied / tag / "meft" / "rows-0-of-3.safetensors")
     with pytest.raises(ValueError, match="files of 2 and of 3 ranks"):
         saving.run(0, 1, mode, "inspect", copied)

@@ -28,7 +28,7 @@ DESIGNED = json.loads("""{
   "optimizer": { "lr_scale": 1.0, "value_lr_scale": 4.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true,
                  "max_staleness": 0, "num_threads": null, "worker_timeout": 10.0 },
   "communication": { "dtype": "fp32", "timeout": 300.0 },
-  "checkpoint": { "save_base": false },
+  "checkpoint": { "async_save": false, "snapshot_bytes": null, "save_base": false, "keep_last": null },
   "monitor": { "interval": 10, "min_kept_mass": 0.9, "max_dead_experts": 0.5 }
 }""")
 
@@ -115,6 +115,8 @@ BAD = {
     "no time that is": ({"optimizer": {"worker_timeout": math.nan}}, ["optimizer.worker_timeout", "nan", "finite"]),
     "pin_memory a word": ({"offload": {"pin_memory": "yes"}}, ["offload.pin_memory", "'yes'", "boolean"]),
     "huge_pages null": ({"offload": {"huge_pages": None}}, ["offload.huge_pages", "None", "boolean"]),
+    "no memory for copies": ({"checkpoint": {"snapshot_bytes": 0}}, ["checkpoint.snapshot_bytes", "0", "1"]),
+    "no checkpoint to keep": ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last", "0", "1"]),
     "save_base a word": ({"checkpoint": {"save_base": "no"}}, ["checkpoint.save_base", "'no'", "boolean"]),
     "auto for a number": ({"adapter": {"rows": "auto"}}, ["adapter.rows", '"auto"', "leave it out"]),
     "auto for a word": ({"adapter": {"gate": "auto"}}, ["adapter.gate", '"auto"', "leave it out"]),
