@@ -166,12 +166,21 @@ def digest(path: Path) -> WrittenFile:
 
 def write_text(path: Path, text: str) -> WrittenFile:
     """Write a file that is there whole or not at all, and bring it to the disk."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w") as file:
+    prepare_text(path, text)
+    return put_text_in_place(path)
+
+
+def prepare_text(path: Path, text: str) -> None:
+    """Bring a file to the disk under another name, after which :func:`put_text_in_place` needs no room."""
+    with path.with_name(path.name + PARTIAL).open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+def put_text_in_place(path: Path) -> WrittenFile:
+    """Give a prepared file its name."""
+    os.replace(path.with_name(path.name + PARTIAL), path)
     sync_folder(path.parent)
     return digest(path)
 

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("meft_engine")
 
 
+# Its writer does not say that it was the disk.
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
+
+
 class CheckpointSaveError(RuntimeError):
     """A checkpoint could not be written; what was there before is untouched."""
 
@@ -76,6 +80,8 @@ class CheckpointSaver:
         self._budget = (snapshot_bytes or psutil.virtual_memory().available // 4) if background else None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointSaveError | None = None
+        self.most_copied = 0
+        """Bytes of copies of rows at the worst time of the last save."""
 
     def save(self, save_dir: Path, tag: str, *, save_latest: bool, write_deepspeed: Callable[[str], bool]) -> None:
         """Save the engine as it is, between two steps; every rank calls it.
@@ -196,11 +202,14 @@ class CheckpointSaver:
             save.manifest.files = {name: file for part in parts for name, file in part.items()}
             reached("manifest", save.folder)
             save.manifest.write(partial)
+            latest = save.folder.parent / folders.LATEST
+            if save.save_latest:
+                folders.prepare_text(latest, save.folder.name)
             reached("place", save.folder)
             folders.put_in_place(partial, save.folder)
             if save.save_latest:
                 reached("latest", save.folder)
-                folders.write_text(save.folder.parent / folders.LATEST, save.folder.name)
+                folders.put_text_in_place(latest)
             if self._keep_last is not None:
                 reached("prune", save.folder)
                 folders.prune(save.folder.parent, self._keep_last, save.folder)
@@ -217,6 +226,7 @@ class CheckpointSaver:
             self._give_up(save.folder)
             raise
         finally:
+            self.most_copied = save.snapshot.most_copied
             save.snapshot.close()
         if ranks.rank == 0:
             size = sum(file.bytes for file in save.manifest.files.values())
@@ -227,6 +237,7 @@ class CheckpointSaver:
         """Make room again: what is half written is of no use to anybody."""
         if self._engine.ranks.rank == 0:
             folders.remove(partial_of(folder))
+            (folder.parent / (folders.LATEST + folders.PARTIAL)).unlink(missing_ok=True)
 
 
 def partial_of(folder: Path) -> Path:
@@ -245,12 +256,14 @@ def _reported(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch's own writer does not say that it was the disk.
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-            raise CheckpointSaveError(
-                f"the checkpoint {folder} could not be written ({error}); what was saved before is untouched"
-            ) from error
-        raise
+        reason = str(error)
+        if any(sign in reason for sign in _TORCH_CANNOT_WRITE):
+            reason = "torch.save failed, as it does on a full disk"
+        elif not isinstance(error, OSError):
+            raise
+        raise CheckpointSaveError(
+            f"the checkpoint {folder} could not be written ({reason}); what was saved before is untouched"
+        ) from error
 
 
 def _of_its_own(ranks: Ranks) -> Ranks:
