@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from meft_engine import trainer_logs, watching
 from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
-from meft_engine.checkpoint import engine_state, export, folders, save_pretrained
+from meft_engine.checkpoint import deepspeed_files, engine_state, export, folders, save_pretrained
 from meft_engine.checkpoint.saver import CheckpointSaver
 from meft_engine.config import MeftConfig, MeftConfigError, find_block
 from meft_engine.cores import claim_cores, rank_cores, running_on
@@ -318,16 +318,22 @@ class MeftEngine(DeepSpeedEngine):
         folder = folders.find(Path(load_dir), tag)
         resume = load_optimizer_states and not load_module_only
         engine_state.require_match(self, folder, resume=resume)
-        # DeepSpeed must not insist on a base that was not saved; what differs from ours has been refused above.
-        path, client_state = super().load_checkpoint(
-            load_dir,
-            folder.name,
-            load_module_strict=load_module_strict and self.meft_config.checkpoint.save_base,
-            load_optimizer_states=load_optimizer_states,
-            load_lr_scheduler_states=load_lr_scheduler_states,
-            load_module_only=load_module_only,
-            custom_load_fn=custom_load_fn,
-        )
+        if not engine_state.has_its_layout(self, folder):
+            schedules = load_lr_scheduler_states and not load_module_only
+            client_state = engine_state.load_parameters(self, folder, resume=resume, lr_scheduler=schedules)
+            path = str(folder)
+        else:
+            with deepspeed_files.without_code(self.checkpoint_engine):
+                # DeepSpeed must not insist on a base that was not saved; what differs from ours has been refused above.
+                path, client_state = super().load_checkpoint(
+                    load_dir,
+                    folder.name,
+                    load_module_strict=load_module_strict and self.meft_config.checkpoint.save_base,
+                    load_optimizer_states=load_optimizer_states,
+                    load_lr_scheduler_states=load_lr_scheduler_states,
+                    load_module_only=load_module_only,
+                    custom_load_fn=custom_load_fn,
+                )
         engine_state.load(self, folder, resume=resume)
         self._window_micro_steps = 0
         return path, client_state

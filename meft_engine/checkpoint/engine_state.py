@@ -9,10 +9,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from meft_engine.checkpoint import adapter_files, folders, random_state
-from meft_engine.checkpoint.saved_adapter import SavedAdapter
+from meft_engine.checkpoint import adapter_files, deepspeed_files, folders, parameter_state, random_state
+from meft_engine.checkpoint.saved_adapter import PARAMETERS, SavedAdapter
 from meft_engine.config import MeftConfigError
 from meft_engine.offload.memory import pieces
 
@@ -45,11 +45,21 @@ def require_match(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None
 
 
 def _require_match(engine: MeftEngine, tag_folder: Path, resume: bool) -> None:
-    _require_deepspeed_files(engine, tag_folder, resume)
-    ranks = engine.ranks
+    manifest, ranks = folders.read_manifest(tag_folder), engine.ranks
+    same = manifest.layout == parameter_state.layout_of(engine)
+    files = deepspeed_files.required(engine, tag_folder, resume=resume) if same else []
+    for name in [*files, deepspeed_files.model_states(tag_folder).name]:
+        if not (tag_folder / name).is_file():
+            raise FileNotFoundError(f"{tag_folder / name} is missing, so nothing can be loaded from {tag_folder}")
+        if name not in manifest.files:
+            raise folders.TornCheckpointError(
+                f"{tag_folder / name} is not in the list of what was saved; do not use it"
+            )
     with SavedAdapter(tag_folder / folders.SUBFOLDER) as saved:
         saved.require_whole(lambda names: names[ranks.rank :: ranks.size])
         adapter_files.require_fit(engine.meft_adapters, saved)
+        if not same:
+            _require_parameters(engine, saved, manifest.layout, resume)
         if not resume:
             return
         theirs, own = saved.description["meft"]["optimizer"], engine.meft_config.optimizer.model_dump()
@@ -87,19 +97,41 @@ def load(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> None:
     engine.ranks.barrier()  # no rank reads what another has yet to load
 
 
-def _require_deepspeed_files(engine: MeftEngine, tag_folder: Path, resume: bool) -> None:
-    """DeepSpeed asserts without a word where its model states are missing, and has changed the model before it looks
-    for ZeRO's optimizer states."""
-    place, zero = (str(tag_folder.parent), tag_folder.name), engine.zero_optimization()
-    files = [engine._get_ckpt_name(*place)]
-    if resume and zero:
-        files.append(engine._get_zero_ckpt_name(*place))
-    for file in files:
-        path = tag_folder / Path(file).name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, so nothing can be loaded from {tag_folder}")
-    if resume and not zero and any(tag_folder.glob("*zero_pp_rank_*_optim_states.pt")):
+def has_its_layout(engine: MeftEngine, tag_folder: Path) -> bool:
+    """Whether DeepSpeed can load its own files of a checkpoint, which are bound to the layout of the run."""
+    return folders.read_manifest(tag_folder).layout == parameter_state.layout_of(engine)
+
+
+def load_parameters(engine: MeftEngine, tag_folder: Path, *, resume: bool, lr_scheduler: bool) -> dict[str, Any]:
+    """Restore, into an engine of another layout, what DeepSpeed would restore: trained parameters with their masters
+    and moments, counts of steps, the scheduler of the learning rate.
+
+    Returns:
+        The client's state, as DeepSpeed's ``load_checkpoint`` returns it.
+    """
+    with SavedAdapter(tag_folder / folders.SUBFOLDER) as saved:
+        tensors = saved.tensors(PARAMETERS)
+    states = deepspeed_files.read(deepspeed_files.model_states(tag_folder))
+    if not resume:
+        tensors = parameter_state.without_optimizer_state(engine, tensors)
+    parameter_state.restore(engine, tensors)
+    return parameter_state.restore_progress(engine, states, lr_scheduler=lr_scheduler)
+
+
+def _require_parameters(engine: MeftEngine, saved: SavedAdapter, layout: dict[str, int | str], resume: bool) -> None:
+    own, tensors = parameter_state.layout_of(engine), saved.tensors(PARAMETERS)
+    reason = parameter_state.supported(engine)
+    if reason is None and not tensors:
+        reason = "the checkpoint has no state of parameters for other layouts"
+    if reason is None and saved.description["meft"]["checkpoint"]["save_base"]:
+        reason = "it holds the base model (checkpoint.save_base = true)"
+    if reason is not None:
         raise MeftConfigError(
-            f"{tag_folder} was saved under ZeRO, whose optimizer states zero_optimization.stage = 0 cannot read; "
-            "resume with the stage that it was saved with"
+            f"{saved.folder.parent} was saved with {_words(layout)}, and this run has {_words(own)}, which DeepSpeed "
+            f"cannot take over, nor can MEFT: {reason}; resume with what it was saved with"
         )
+    parameter_state.require(engine, tensors)
+
+
+def _words(layout: dict[str, int | str]) -> str:
+    return f"ZeRO stage {layout['zero_stage']}, {layout['ranks']} ranks and {layout['precision']}"

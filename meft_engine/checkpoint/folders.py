@@ -39,8 +39,8 @@ class Manifest:
 
     tag: str
     global_steps: int
-    ranks: int
-    zero_stage: int
+    layout: dict[str, int | str]
+    """By which DeepSpeed's own files are bound: the ZeRO stage, the number of ranks, the precision."""
     files: dict[str, WrittenFile]
     """By their paths below the checkpoint's folder."""
 
@@ -73,8 +73,7 @@ def read_manifest(folder: Path) -> Manifest:
         found = Manifest(
             tag=str(content["tag"]),
             global_steps=int(content["global_steps"]),
-            ranks=int(content["ranks"]),
-            zero_stage=int(content["zero_stage"]),
+            layout=dict(content["layout"]),
             files=files,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

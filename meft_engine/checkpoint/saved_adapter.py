@@ -23,6 +23,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 SHARED_FILE = "shared.safetensors"
 """Of a checkpoint: what all ranks have alike."""
+PARAMETERS = "parameters/"
+"""Before the names, in that file, of what DeepSpeed's optimizer holds of parameters."""
 PEFT_TYPE = "MEFT"
 FORMAT = 5
 

@@ -25,8 +25,8 @@ import psutil
 import torch.distributed as dist
 from torch import Tensor
 
-from meft_engine.checkpoint import adapter_files, folders, random_state, shards
-from meft_engine.checkpoint.saved_adapter import CONFIG_FILE, SHARED_FILE
+from meft_engine.checkpoint import adapter_files, folders, parameter_state, random_state, shards
+from meft_engine.checkpoint.saved_adapter import CONFIG_FILE, PARAMETERS, SHARED_FILE
 from meft_engine.checkpoint.snapshot import RowSnapshot
 from meft_engine.checkpoint.tensor_files import WrittenFile, write_tensors
 from meft_engine.parallel.ranks import Ranks
@@ -153,11 +153,12 @@ class CheckpointSaver:
         optimizer = engine.row_optimizer
         shared = adapter_files.small_tensors(engine.meft_adapters, resumable=True)
         shared |= {name: history.clone() for name, history in optimizer.histories().items()}
+        if parameter_state.supported(engine) is None:
+            shared |= {f"{PARAMETERS}{name}": value for name, value in parameter_state.capture(engine).items()}
         manifest = folders.Manifest(
             tag=folder.name,
             global_steps=engine.global_steps,
-            ranks=engine.ranks.size,
-            zero_stage=engine.zero_optimization_stage(),
+            layout=parameter_state.layout_of(engine),
             files={},
         )
         return _Save(

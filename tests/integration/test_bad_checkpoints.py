@@ -16,7 +16,6 @@ from tests.integration.engines import batch, build_engine, differing, full_state
 TAG = "global_step1"
 OURS = (
     "adapter_config.json",
-    "manifest.json",
     "rows-0-of-1.safetensors",
     "shared.safetensors",
 )
@@ -78,9 +77,13 @@ def test_a_missing_file_is_named(stage, file, saved, engines, tmp_path):
     refuse(engines[stage], folder, FileNotFoundError, str(folder / TAG / file), "is missing")
 
 
-def test_the_zero_stage_must_be_that_of_the_save(saved, engines):
-    refuse(engines[0], saved[2], MeftConfigError, "saved under ZeRO", "zero_optimization.stage")
-    refuse(engines[2], saved[0], FileNotFoundError, ZERO_STATES, "is missing")
+def test_another_zero_stage_is_refused_where_the_base_trains_or_was_saved(saved, tmp_path):
+    thawed = build_engine(tiny_llama(), tiny_block({"freeze_base": False}), stage=2)
+    words = "ZeRO stage 0, 1 ranks and fp32", "ZeRO stage 2, 1 ranks and fp32", "resume with what it was saved with"
+    refuse(thawed, saved[0], MeftConfigError, *words, "the base model trains too")
+    engine = build_engine(tiny_llama(), tiny_block(checkpoint={"save_base": True}), stage=0)
+    engine.save_checkpoint(str(tmp_path))
+    refuse(build_engine(tiny_llama(), stage=2), tmp_path, MeftConfigError, *words, "save_base")
 
 
 @pytest.mark.parametrize(
