@@ -22,7 +22,6 @@ from meft_engine.checkpoint.saved_adapter import (
     PEFT_TYPE,
     SavedAdapter,
     find_adapter,
-    is_checkpoint,
     require_shapes,
 )
 from meft_engine.config import MeftConfig, MeftConfigError
@@ -103,7 +102,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         compute_dtype = DTYPES[saved.description["compute_dtype"]]
         attached = attach(model, config, compute_dtype=compute_dtype, trainable=False)
         require_fit(attached, saved)
-        if config.optimizer.mode == "dense_equivalent" and is_checkpoint(saved.folder):
+        if config.optimizer.mode == "dense_equivalent" and saved.is_checkpoint:
             fill(attached, saved, functools.partial(current_rows, saved))
         else:
             fill(attached, saved, lambda ffn, kind, rows: saved.compute_rows(ffn, kind, rows).float())

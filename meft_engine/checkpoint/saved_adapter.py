@@ -50,7 +50,7 @@ class SavedAdapter:
         self._histories: dict[int, StepHistory] = {}
 
     def __enter__(self) -> SavedAdapter:
-        if is_checkpoint(self.folder):
+        if self.is_checkpoint:
             self.shards = self._stack.enter_context(RowShards(self.folder))
             self._names |= set(self.shards.names)
             names = [SHARED_FILE]
@@ -79,7 +79,7 @@ class SavedAdapter:
             TornCheckpointError: naming a file that is not what was saved.
         """
         folder, own = self.folder, self._names
-        if is_checkpoint(folder):
+        if self.is_checkpoint:
             own = {f"{folder.name}/{name}" for name in own}
             folder = folder.parent
             files = folders.read_manifest(folder).files
@@ -89,6 +89,11 @@ class SavedAdapter:
         for name in sorted(own - files.keys()):
             raise folders.TornCheckpointError(f"{folder / name} is not in the list of what was saved; do not use it")
         folders.require_whole(folder, files, among(sorted(files)))
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether this is the folder of a checkpoint with our files, which its manifest lists, and no adapter alone."""
+        return "files" not in self.description
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
@@ -139,11 +144,6 @@ class SavedAdapter:
         if self.shards is None or not self.shards.has(f"{ffn}/{kind}", "low"):
             return compute.float()
         return planes.join(compute.contiguous(), self.shards.read(f"{ffn}/{kind}", "low", rows))
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether this is the folder of a checkpoint with our files, and not an adapter alone."""
-    return (folder / SHARED_FILE).exists()
 
 
 def find_adapter(folder: Path) -> Path:

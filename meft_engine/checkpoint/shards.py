@@ -152,11 +152,6 @@ class RowShards:
                 )
 
 
-def are_in(folder: Path) -> bool:
-    """Whether a folder is a checkpoint's, and not an adapter alone."""
-    return any(_NAME.fullmatch(path.name) for path in folder.glob("rows-*"))
-
-
 def _all_files(folder: Path) -> list[Path]:
     found = {match[0]: int(match[2]) for path in folder.glob("rows-*") if (match := _NAME.fullmatch(path.name))}
     counts = set(found.values())

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from meft_engine.adapter.attach import AttachedAdapters, attach, unload_adapter
-from meft_engine.checkpoint.adapter_files import load_adapter, save_adapter
+from meft_engine.checkpoint.adapter_files import load_adapter
+from meft_engine.checkpoint.export import save_adapter
 from meft_engine.config import MeftConfigError
 from meft_kernels import reference
 from tests.families import FAMILIES, VOCAB, Family, fill_values, keys_from, tiny_config
