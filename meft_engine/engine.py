@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,14 +252,13 @@ class MeftEngine(DeepSpeedEngine):
         watching.detach_from_model(self.module)
         for hook in self._router_hooks:
             hook.remove()  # the optimizer may be the caller's, and live on
-        try:
+        with ExitStack() as last:  # whatever fails before
+            last.callback(super().destroy)
+            last.callback(self.row_optimizer.close)
+            last.callback(claim_cores, None)
+            last.callback(self.ranks.close)
+            last.callback(self._row_step.close)
             self._saver.close()
-            self._row_step.close()
-        finally:
-            self.ranks.close()
-            claim_cores(None)
-            self.row_optimizer.close()
-            super().destroy()
 
     # Saving
 

@@ -36,6 +36,7 @@ def require_support(config_class: Any, optimizer: Any) -> None:
                 f"zero_optimization.{option} = {value} is not supported with MEFT, which knows only parameters "
                 "that are partitioned over all ranks; leave it out"
             )
+    _require_plain_checkpoints(config_class)
     if config_class.float16_config.enabled and stage == 0:
         raise MeftConfigError(
             "fp16.enabled = true with ZeRO stage 0 is refused: DeepSpeed does not scale the loss there; use bf16, or "
@@ -55,6 +56,27 @@ def require_support(config_class: Any, optimizer: Any) -> None:
         require_adam_name(config_class.optimizer_name, config_class.optimizer_params)
     elif isinstance(optimizer, torch.optim.Optimizer):
         require_adam(optimizer)
+
+
+def _require_plain_checkpoints(config_class: Any) -> None:
+    """A checkpoint's files are listed with their sums once DeepSpeed has written its own."""
+    settings = config_class.checkpoint_config
+    writer = settings.get("writer")
+    if writer is not None and writer.get("decoupled"):
+        raise MeftConfigError(
+            "checkpoint.writer.decoupled = true is not supported with MEFT, whose checkpoints are whole when they get "
+            "their name; leave it out, and set meft.checkpoint.async_save = true to save in the background"
+        )
+    if config_class.datastates_config.enabled:
+        raise MeftConfigError(
+            "datastates_ckpt is not supported with MEFT, whose checkpoints are whole when they get their name; leave "
+            "it out, and set meft.checkpoint.async_save = true to save in the background"
+        )
+    if config_class.use_node_local_storage:
+        raise MeftConfigError(
+            "checkpoint.use_node_local_storage = true is not supported with MEFT: all ranks write one checkpoint; leave "
+            "it out and save to a folder that all nodes see"
+        )
 
 
 def require_support_of_ranks(block: MeftConfig, config: Mapping[str, Any]) -> None:

@@ -91,6 +91,18 @@ def test_zero_without_a_norm(allocated):
     refuse(allocated, "compute_grad_norm = false", "leave it out", config=config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"checkpoint": {"use_node_local_storage": True}}, ("use_node_local_storage = true", "all nodes see")),
+        ({"checkpoint": {"writer": {"type": "fast", "decoupled": True}}}, ("writer.decoupled = true", "async_save")),
+        ({"datastates_ckpt": {"host_cache_size": 1}}, ("datastates_ckpt", "async_save")),
+    ],
+)
+def test_checkpoints_that_are_not_whole_when_the_save_is_done(settings, words, allocated):
+    refuse(allocated, *words, config=ds_config(tiny_block(), **settings))
+
+
 @pytest.mark.parametrize("autocast", ["float16", "bfloat16"])
 def test_autocast_that_scales_the_loss_out_of_sight(autocast, allocated):
     """DeepSpeed's `torch_autocast` in fp16 scales the loss by a scaler of its own; in bf16 there is none."""
