@@ -20,8 +20,19 @@ _MODULE_OF = {
     "ActiveRowsOverflow": "meft_engine.adapter.routing",
     "SparseCPUAdam": "meft_engine.optim.sparse_adam",
     "PartiallyOffloadedTensor": "meft_engine.offload.tensor",
-    "load_adapter": "meft_engine.checkpoint.adapter_files",
-    "unload_adapter": "meft_engine.adapter.attach",
+    "load_adapter": "meft_engine.inference",
+    **dict.fromkeys(
+        (
+            "adapter_names",
+            "active_adapter",
+            "set_adapter",
+            "disable_adapter",
+            "disable_adapter_layers",
+            "enable_adapter_layers",
+            "unload_adapter",
+        ),
+        "meft_engine.adapter.named",
+    ),
 }
 
 __all__ = ["__version__", *_MODULE_OF]

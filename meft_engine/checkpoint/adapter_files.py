@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
+from meft_engine.adapter.attach import DTYPES, AttachedAdapters
 from meft_engine.checkpoint import rank_files
-from meft_engine.checkpoint.catch_up import catch_up
-from meft_engine.config import MeftConfig, MeftConfigError
+from meft_engine.config import MeftConfigError
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.zero_parameters import full_shape, gathered
 from meft_kernels import planes
@@ -83,33 +82,6 @@ def save_adapter(
         "meft": attached.config.resolved(),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Give a plain transformers model a saved adapter, for inference.
-
-    Args:
-        model: the base model that the adapter was trained on.
-        folder: what ``engine.save_adapter`` wrote, or a checkpoint folder (its ``latest`` is taken).
-
-    Returns:
-        The same model; its forward and ``generate`` now include the adapter.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        MeftConfigError: if the adapter does not fit the model.
-    """
-    folder = _resolve(Path(folder))
-    require_files(folder, CONFIG_FILE, WEIGHTS_FILE)
-    description = read_description(folder)
-    config = MeftConfig.from_block(description["meft"])
-    attached = attach(model, config, compute_dtype=DTYPES[description["compute_dtype"]], trainable=False)
-    require_fit(attached, folder)
-    fill(attached, folder)
-    if config.optimizer.mode == "dense_equivalent" and rank_files.are_in(folder):
-        with rank_files.RankFiles(folder) as ranks:
-            catch_up(attached, ranks)
-    return model
 
 
 def require_files(folder: Path, *names: str) -> None:
@@ -227,7 +199,7 @@ def _expected(attached: AttachedAdapters) -> dict[str, Sequence[int]]:
     }
 
 
-def _resolve(folder: Path) -> Path:
+def resolve_folder(folder: Path) -> Path:
     """The folder with the adapter's files: itself, the one in it, or that of the latest checkpoint."""
     config = folder / CONFIG_FILE
     # A LoRA's file has the same name.
