@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from meft_engine import after_import
+
 __version__ = "0.1.0"
 
 _MODULE_OF = {
@@ -44,6 +46,10 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
+
+
+# PEFT learns of MEFT when both are there, whichever comes first; importing it here would take seconds.
+after_import.run("peft", "meft_engine.peft")
 
 
 def __dir__() -> list[str]:

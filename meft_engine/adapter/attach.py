@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -17,6 +18,7 @@ from meft_engine.adapter.discover import FFN, find_ffns
 from meft_engine.adapter.initialize import initial_keys, initial_router, seed_of_layer
 from meft_engine.adapter.module import SparseAdapter, listen
 from meft_engine.adapter.named import attribute_of, require_free, switches, take_off
+from meft_engine.adapter.peft_keys import peft_keys
 from meft_engine.adapter.switch import DEFAULT_NAME, Switch
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.cores import rank_cores
@@ -41,6 +43,8 @@ class AttachedAdapters:
     """Elements of the base model."""
     base_samples: dict[str, Tensor]
     """A sample of each FFN's gate weights, by which another base model is told apart."""
+    peft_keys: dict[str, Any]
+    """What PEFT is to know of the base model, wherever the adapter is saved."""
     base_quantized: bool = False
     """Whether weights of an adapted FFN are kept in fewer bits than they were trained in."""
     measured_bytes: int = 0
@@ -115,7 +119,7 @@ def attach(
     sharding = _shard(ffns, config, compute_dtype, device, ranks) if ranks.size > 1 else None
 
     base_parameters = sum(math.prod(full_shape(p)) for p in model.parameters())
-    attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {})
+    attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {}, peft_keys(model, config.adapter))
     switch = Switch(name, selected=not others, enabled=all(other.enabled for other in others))
     trackers = {stack: CallTracker(model.get_submodule(stack), switch) for stack in {ffn.stack for ffn in ffns}}
     try:

@@ -76,6 +76,7 @@ def save_adapter(
     description = {
         "format": _FORMAT,
         "peft_type": PEFT_TYPE,
+        **attached.peft_keys,
         "compute_dtype": dtype,
         "ffns": [adapter.name for adapter in attached.adapters.values()],
         "base_quantized": attached.base_quantized,
