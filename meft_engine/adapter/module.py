@@ -133,6 +133,19 @@ class SparseAdapter(nn.Module):
             y = torch.zeros_like(flat).index_copy(0, tokens, y)
         return y.view(h.shape)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAdapter:
+        """What ``Module.to`` and the like call. Without an engine, which says where the model computes, that is where
+        the router has gone; nothing but the router is ever cast."""
+        super()._apply(fn, recurse)
+        if not self.keys.trainable:
+            device = self.router.device
+            for table in (self.keys, self.values):
+                table.serve(device)
+            for kept in ("center", "expert_bias"):
+                if self.__dict__[kept] is not None:
+                    self.__dict__[kept] = self.__dict__[kept].to(device)
+        return self
+
     def set_center(self, center: Tensor) -> None:
         """Take a center [d] that was measured before; zeros: none was."""
         self.center.copy_(center)

@@ -374,6 +374,26 @@ def test_rows_are_where_they_were_asked_to_be(place, folders):
     assert all((a.values.bytes_to_device == 0) == (place == "device") for a in adapters)
 
 
+def test_rows_serve_the_device_that_the_model_moves_to(folders):
+    """To a device that holds nothing and back: what is there has to be asked for anew from the host."""
+    model = with_all(folders)
+    meft_engine.set_adapter(model, "c")
+    expected, state = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tables = [table for _, table in every_table(model)]
+    rows = [table.planes()[0] for table in tables]
+    model.to("meta")
+    assert all(table.device.type == "meta" and table.gather(torch.arange(3)).is_meta for table in tables)
+    assert [table._device_copy is not None for table in tables] == [table.resident for table in tables]
+    adapter = model.model.layers[0].mlp.meft_adapter_c
+    assert adapter.center.is_meta
+    adapter.__dict__["center"] = torch.linspace(-0.5, 0.5, 32)
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    model.model.rotary_emb = tiny_llama().model.rotary_emb
+    assert torch.equal(logits(model), expected)
+    assert all(table.planes()[0] is row for table, row in zip(tables, rows, strict=True))
+
+
 def test_layers_whose_ends_are_apart(tmp_path):
     """OPT's FFNs are listened to in two places."""
     family = FAMILIES["OPT"]
