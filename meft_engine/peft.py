@@ -57,20 +57,14 @@ class MeftConfig(_Fields):
 
     def __init__(self, **settings: Any) -> None:
         self.__dict__["from_file"] = "peft_type" in settings
-        known = {f.name for f in fields(_Fields)}
-        if self.from_file:
-            block = {**settings.get("meft", {}), "adapter": settings.get("meft", {}).get("adapter", {})}
-            settings = {name: value for name, value in settings.items() if name in known}
-            settings.update(block.pop("adapter"))
-            settings.setdefault("sections", {n: section for n, section in block.items() if n in _SECTIONS})
-        else:
-            sections = {name: settings.pop(name) for name in _SECTIONS & set(settings)}
-            settings.setdefault("sections", sections)
+        settings = _of_description(settings) if self.from_file else settings
+        sections = {name: settings.pop(name) for name in _SECTIONS & set(settings)}
+        settings.setdefault("sections", sections)
         targets = settings.get("target_modules")
         if targets is not None:
             # PEFT's own methods take sets, and a text for a single one.
             settings["target_modules"] = [targets] if isinstance(targets, str) else sorted(targets)
-        unknown = {name: value for name, value in settings.items() if name not in known}
+        unknown = {name: value for name, value in settings.items() if name not in _names()}
         if unknown:
             block_config.MeftConfig.from_block({"adapter": unknown})
         super().__init__(**settings)
@@ -87,6 +81,17 @@ class MeftConfig(_Fields):
             raise MeftConfigError(f"compute_dtype = {self.compute_dtype!r} is not valid; use {' or '.join(DTYPES)}")
         adapter = {name: getattr(self, name) for name in AdapterConfig.model_fields}
         return block_config.MeftConfig.from_block({**self.sections, "adapter": adapter})
+
+
+def _names() -> set[str]:
+    return {found.name for found in fields(_Fields)}
+
+
+def _of_description(description: dict[str, Any]) -> dict[str, Any]:
+    """Settings from what ``adapter_config.json`` says; what it says of its tensors is read where these are read."""
+    block = description.get("meft", {})
+    known = {name: value for name, value in description.items() if name in _names()}
+    return {**known, **{name: block[name] for name in _SECTIONS & set(block)}, **block.get("adapter", {})}
 
 
 class MeftLayer(nn.Module, BaseTunerLayer):
