@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -19,8 +20,17 @@ def native_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
+def load_tokenizer(model: str, adapter: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the adapter, which may have a chat template of its own, else the model's."""
+    saved = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(adapter if saved else model, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def load_model(
-    model: str, adapter: str | None = None, dtype: str = "auto"
+    model: str, adapter: str | None = None, dtype: str = "auto", rows: str = "host"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in evaluation mode on the GPU, or on the CPU where there is none, and its tokenizer.
 
@@ -28,18 +38,17 @@ def load_model(
         model: folder or hub name of the base model.
         adapter: folder that ``launch/finetune.py`` wrote; ``None`` gives the base model.
         dtype: ``"fp32"``, ``"bf16"``, or ``"auto"`` for bf16 where the hardware has it.
+        rows: where the adapter's values are, ``"host"`` or ``"device"``.
     """
     if dtype == "auto":
         dtype = "bf16" if native_bf16() else "fp32"
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(model, adapter)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype])
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if adapter is not None:
         import meft_engine
 
-        meft_engine.load_adapter(loaded, adapter)
+        meft_engine.load_adapter(loaded, adapter, rows=rows)
     return loaded, tokenizer
 
 

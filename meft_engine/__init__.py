@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from meft_engine import after_import
+
 __version__ = "0.1.0"
 
 _MODULE_OF = {
@@ -20,8 +22,19 @@ _MODULE_OF = {
     "ActiveRowsOverflow": "meft_engine.adapter.routing",
     "SparseCPUAdam": "meft_engine.optim.sparse_adam",
     "PartiallyOffloadedTensor": "meft_engine.offload.tensor",
-    "load_adapter": "meft_engine.checkpoint.adapter_files",
-    "unload_adapter": "meft_engine.adapter.attach",
+    "load_adapter": "meft_engine.inference",
+    **dict.fromkeys(
+        (
+            "adapter_names",
+            "active_adapter",
+            "set_adapter",
+            "disable_adapter",
+            "disable_adapter_layers",
+            "enable_adapter_layers",
+            "unload_adapter",
+        ),
+        "meft_engine.adapter.named",
+    ),
 }
 
 __all__ = ["__version__", *_MODULE_OF]
@@ -33,6 +46,10 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
+
+
+# PEFT learns of MEFT when both are there, whichever comes first; importing it here would take seconds.
+after_import.run("peft", "meft_engine.peft")
 
 
 def __dir__() -> list[str]:

@@ -74,8 +74,8 @@ def _require_plain_checkpoints(config_class: Any) -> None:
         )
     if config_class.use_node_local_storage:
         raise MeftConfigError(
-            "checkpoint.use_node_local_storage = true is not supported with MEFT: all ranks write one checkpoint; leave "
-            "it out and save to a folder that all nodes see"
+            "checkpoint.use_node_local_storage = true is not supported with MEFT: all ranks write one checkpoint; "
+            "leave it out and save to a folder that all nodes see"
         )
 
 

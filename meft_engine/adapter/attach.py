@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -16,6 +17,9 @@ from meft_engine.adapter.calls import CallTracker
 from meft_engine.adapter.discover import FFN, find_ffns
 from meft_engine.adapter.initialize import initial_keys, initial_router, seed_of_layer
 from meft_engine.adapter.module import SparseAdapter, listen
+from meft_engine.adapter.named import attribute_of, require_free, switches, take_off
+from meft_engine.adapter.peft_keys import peft_keys
+from meft_engine.adapter.switch import DEFAULT_NAME, Switch
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.cores import rank_cores
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
@@ -39,10 +43,10 @@ class AttachedAdapters:
     """Elements of the base model."""
     base_samples: dict[str, Tensor]
     """A sample of each FFN's gate weights, by which another base model is told apart."""
+    peft_keys: dict[str, Any]
+    """What PEFT is to know of the base model, wherever the adapter is saved."""
     base_quantized: bool = False
     """Whether weights of an adapted FFN are kept in fewer bits than they were trained in."""
-    base_model: str | None = None
-    """Hub name or folder of the base model, where it has one."""
     measured_bytes: int = 0
     """How much the process's resident memory grew while the rows and their optimizer state were allocated."""
 
@@ -72,8 +76,13 @@ def attach(
     device: torch.device | str | None = None,
     trainable: bool = True,
     ranks: Ranks | None = None,
+    name: str = DEFAULT_NAME,
+    values_on_device: bool = False,
 ) -> AttachedAdapters:
     """Give every FFN that the configuration names an adapter, initialised from the seed.
+
+    Whatever is raised, the model is left as it was. For inference it may have other adapters; the new one acts if it is
+    the first.
 
     Args:
         model: a transformer whose FFNs :func:`find_ffns` recognises.
@@ -81,12 +90,17 @@ def attach(
         device: where the model computes; ``None``: where its FFNs are now.
         trainable: ``False`` for inference (no gradients are kept).
         ranks: those that train together; ``None``: this process alone.
+        name: tells it from other adapters of the model.
+        values_on_device: keep the values' compute copies on the device too, as the keys' always are.
 
     Raises:
-        MeftConfigError: if no FFN fits, the model has adapters already, or host memory is too small.
+        MeftConfigError: if no FFN fits, the name is taken, host memory is too small, or, where ``trainable``, the model
+            has adapters already.
     """
-    if any(isinstance(module, SparseAdapter) for module in model.modules()):
+    others = switches(model)
+    if trainable and others:
         raise MeftConfigError(f"this {type(model).__name__} already has MEFT adapters; attach to a fresh model")
+    require_free(model, name)
     ffns = find_ffns(model, config.adapter)
     ranks = ranks or Ranks()
     needed = sum(
@@ -105,42 +119,49 @@ def attach(
     sharding = _shard(ffns, config, compute_dtype, device, ranks) if ranks.size > 1 else None
 
     base_parameters = sum(math.prod(full_shape(p)) for p in model.parameters())
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {}, base_model=name or None)
-    trackers = {name: CallTracker(model.get_submodule(name)) for name in {ffn.stack for ffn in ffns}}
-    for index, ffn in enumerate(ffns):
-        gate_weight = ffn.gate_weight
-        place = torch.device(device) if device is not None else gate_weight.device
-        with attached.measured():
-            tables = [
-                PartiallyOffloadedTensor(
-                    f"{ffn.portable_name}/{kind}",
-                    config.adapter.rows,
-                    ffn.width,
-                    device=place,
-                    compute_dtype=compute_dtype,
-                    resident=kind == "keys",
-                    trainable=trainable,
-                    max_staleness=config.optimizer.max_staleness,
-                    pin_memory=config.offload.pin_memory,
-                    huge_pages=config.offload.huge_pages,
-                    threads=len(rank_cores()),
-                    shard=sharding.shard(2 * index + at) if sharding is not None else None,
-                )
-                for at, kind in enumerate(("keys", "values"))
-            ]
-        seed = seed_of_layer(config.adapter.seed, index)
-        keys = initial_keys(gate_weight, config.adapter.rows, config.adapter.init_keys, seed)
-        tables[0].fill(keys)
-        router = initial_router(keys, config.adapter.resolved_num_experts)
-        router = router.to(gate_weight.device, gate_weight.dtype)
-        adapter = SparseAdapter(ffn.portable_name, config, router, *tables, trackers[ffn.stack], ranks)
-        adapter.train(ffn.module.training)
-        ffn.module.meft_adapter = adapter
-        adapter.hooks += [*listen(adapter, ffn.entry, ffn.exit), *trackers[ffn.stack].hooks]
-        attached.adapters[ffn.name], attached.ffns[ffn.name] = adapter, ffn
-        attached.base_samples[ffn.name] = base_sample(gate_weight)
-        attached.base_quantized |= not all(p.is_floating_point() for p in ffn.entry.parameters())
+    attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {}, peft_keys(model, config.adapter))
+    switch = Switch(name, selected=not others, enabled=all(other.enabled for other in others))
+    trackers = {stack: CallTracker(model.get_submodule(stack), switch) for stack in {ffn.stack for ffn in ffns}}
+    try:
+        for index, ffn in enumerate(ffns):
+            gate_weight = ffn.gate_weight
+            place = torch.device(device) if device is not None else gate_weight.device
+            with attached.measured():
+                tables = [
+                    PartiallyOffloadedTensor(
+                        f"{ffn.portable_name}/{kind}",
+                        config.adapter.rows,
+                        ffn.width,
+                        device=place,
+                        compute_dtype=compute_dtype,
+                        resident=kind == "keys" or values_on_device,
+                        trainable=trainable,
+                        max_staleness=config.optimizer.max_staleness,
+                        pin_memory=config.offload.pin_memory,
+                        huge_pages=config.offload.huge_pages,
+                        threads=len(rank_cores()),
+                        shard=sharding.shard(2 * index + at) if sharding is not None else None,
+                    )
+                    for at, kind in enumerate(("keys", "values"))
+                ]
+            seed = seed_of_layer(config.adapter.seed, index)
+            keys = initial_keys(gate_weight, config.adapter.rows, config.adapter.init_keys, seed)
+            tables[0].fill(keys)
+            router = initial_router(keys, config.adapter.resolved_num_experts)
+            router = router.to(gate_weight.device, gate_weight.dtype)
+            adapter = SparseAdapter(ffn.portable_name, config, router, *tables, trackers[ffn.stack], ranks, switch)
+            adapter.train(ffn.module.training)
+            ffn.module.add_module(attribute_of(name), adapter)
+            adapter.hooks += [*listen(adapter, ffn.entry, ffn.exit), *trackers[ffn.stack].hooks]
+            attached.adapters[ffn.name], attached.ffns[ffn.name] = adapter, ffn
+            attached.base_samples[ffn.name] = base_sample(gate_weight)
+            attached.base_quantized |= not all(p.is_floating_point() for p in ffn.entry.parameters())
+    except BaseException:
+        take_off(model, [switch])
+        for tracker in trackers.values():
+            for hook in tracker.hooks:
+                hook.remove()
+        raise
     embedding_hooks = _let_embeddings_require_grad(model) if trainable else []
     for adapter in attached.adapters.values():
         adapter.hooks += embedding_hooks
@@ -172,27 +193,6 @@ def _shard(
         pin_memory=config.offload.pin_memory,
         huge_pages=config.offload.huge_pages,
     )
-
-
-def unload_adapter(model: nn.Module) -> nn.Module:
-    """Take MEFT adapters off a model again and give their memory back; not while an engine trains them.
-
-    Returns:
-        The same model, which is what it was before they were attached.
-
-    Raises:
-        MeftConfigError: if it has none.
-    """
-    holders = [module for module in model.modules() if isinstance(module._modules.get("meft_adapter"), SparseAdapter)]
-    if not holders:
-        raise MeftConfigError(f"this {type(model).__name__} has no MEFT adapters to unload")
-    for module in holders:
-        adapter = module._modules.pop("meft_adapter")
-        for hook in adapter.hooks:
-            hook.remove()
-        adapter.keys.close()
-        adapter.values.close()
-    return model
 
 
 def _anonymous_memory() -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meft_engine.adapter.switch import Switch
 from meft_kernels.sparse import Selection
 
 _SAME_CALL = 0.05
@@ -42,9 +43,15 @@ class Call:
 
 
 class CallTracker:
-    """Watches one layer stack through forward hooks. Shared by the adapters of the stack."""
+    """Watches one layer stack through forward hooks. Shared by the layers of one adapter in the stack.
 
-    def __init__(self, stack: nn.Module) -> None:
+    Args:
+        stack: whose forward gets the attention mask.
+        switch: the adapter's; while it is off, calls are not looked at. ``None``: one of its own, which is on.
+    """
+
+    def __init__(self, stack: nn.Module, switch: Switch | None = None) -> None:
+        self._switch = switch or Switch()
         self._running: list[Call] = []
         self._live: weakref.WeakSet[Call] = weakref.WeakSet()
         self._signature = inspect.signature(stack.forward)
@@ -110,6 +117,8 @@ class CallTracker:
         call = Call()
         # Before anything that may raise, since `_leave` is called even then.
         self._running.append(call)
+        if not self._switch.on:
+            return None
         bound = self._signature.bind_partial(*args, **kwargs)
         call.mask = _usable_mask(bound.arguments.get("attention_mask", kwargs.get("attention_mask")))
         self._live.add(call)

@@ -14,6 +14,7 @@ from meft_engine.adapter.autograd import ApplyRows
 from meft_engine.adapter.balance import AddLoss, auxiliary_loss, expert_load, rebalance
 from meft_engine.adapter.calls import CallTracker, recomputing
 from meft_engine.adapter.routing import RoutingStats, choose_experts, choose_rows, gate
+from meft_engine.adapter.switch import Switch
 from meft_engine.config import MeftConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.parallel.ranks import Ranks
@@ -31,6 +32,7 @@ class SparseAdapter(nn.Module):
         name: of the FFN, by which rows are stored. config: the block. router: [N, d] initial weights.
         keys, values: the tables [r, d]. calls: the tracker of the layer's stack.
         ranks: those that train together, over all of which inputs are centered and experts balanced.
+        switch: shared with the same adapter's other layers; ``None``: one of its own, which is on.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class SparseAdapter(nn.Module):
         values: PartiallyOffloadedTensor,
         calls: CallTracker,
         ranks: Ranks | None = None,
+        switch: Switch | None = None,
     ) -> None:
         super().__init__()
         self.name = name
+        self.switch = switch or Switch()
         self.router = nn.Parameter(router, requires_grad=keys.trainable and config.trains_routers)
         self.keys, self.values = keys, values
         self.stats = RoutingStats()
@@ -129,6 +133,19 @@ class SparseAdapter(nn.Module):
             y = torch.zeros_like(flat).index_copy(0, tokens, y)
         return y.view(h.shape)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAdapter:
+        """What ``Module.to`` and the like call. Without an engine, which says where the model computes, that is where
+        the router has gone; nothing but the router is ever cast."""
+        super()._apply(fn, recurse)
+        if not self.keys.trainable:
+            device = self.router.device
+            for table in (self.keys, self.values):
+                table.serve(device)
+            for kept in ("center", "expert_bias"):
+                if self.__dict__[kept] is not None:
+                    self.__dict__[kept] = self.__dict__[kept].to(device)
+        return self
+
     def set_center(self, center: Tensor) -> None:
         """Take a center [d] that was measured before; zeros: none was."""
         self.center.copy_(center)
@@ -187,22 +204,27 @@ class SparseAdapter(nn.Module):
 
 
 def listen(adapter: SparseAdapter, entry: nn.Module, exit: nn.Module) -> list[RemovableHandle]:
-    """Let the adapter read what ``entry`` gets and add to what ``exit`` gives; often they are one module."""
+    """Let the adapter read what ``entry`` gets and add to what ``exit`` gives; often they are one module.
+
+    While its switch is off, nothing happens.
+    """
     if entry is exit:
-        return [
-            entry.register_forward_hook(
-                lambda module, args, kwargs, output: _added(output, adapter(_first(args, kwargs))), with_kwargs=True
-            )
-        ]
+
+        def add(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            return _added(output, adapter(_first(args, kwargs))) if adapter.switch.on else None
+
+        return [entry.register_forward_hook(add, with_kwargs=True)]
     # Between the two nothing else of this layer runs, so one place is enough.
     pending: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        pending[:] = [_first(args, kwargs)]
+        pending[:] = [_first(args, kwargs)] if adapter.switch.on else []
 
     return [
         entry.register_forward_pre_hook(keep, with_kwargs=True),
-        exit.register_forward_hook(lambda module, args, output: _added(output, adapter(pending.pop()))),
+        exit.register_forward_hook(
+            lambda module, args, output: _added(output, adapter(pending.pop())) if pending else None
+        ),
     ]
 
 

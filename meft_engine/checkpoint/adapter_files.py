@@ -9,22 +9,19 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
-from meft_engine.checkpoint.catch_up import current_rows
+from meft_engine.adapter.attach import DTYPES, AttachedAdapters
 from meft_engine.checkpoint.saved_adapter import (
     FORMAT,
     PEFT_TYPE,
     SavedAdapter,
-    find_adapter,
     require_shapes,
 )
-from meft_engine.config import MeftConfig, MeftConfigError
+from meft_engine.config import MeftConfigError
 from meft_engine.zero_parameters import full_shape, gathered
 
 if TYPE_CHECKING:
@@ -72,6 +69,7 @@ def describe(
     description = {
         "format": FORMAT,
         "peft_type": PEFT_TYPE,
+        **attached.peft_keys,
         "compute_dtype": dtype,
         "ffns": [adapter.name for adapter in attached.adapters.values()],
         "base_quantized": attached.base_quantized,
@@ -80,33 +78,6 @@ def describe(
     if files is not None:
         description["files"] = {name: asdict(file) for name, file in files.items()}
     return json.dumps(description, indent=2) + "\n"
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Give a plain transformers model a saved adapter, for inference.
-
-    Args:
-        model: the base model that the adapter was trained on.
-        folder: what ``engine.save_adapter`` wrote, or a checkpoint folder (its ``latest`` is taken).
-
-    Returns:
-        The same model; its forward and ``generate`` now include the adapter.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        MeftConfigError: if the adapter does not fit the model, or a file is not what was saved.
-    """
-    with SavedAdapter(find_adapter(Path(folder))) as saved:
-        saved.require_whole()
-        config = MeftConfig.from_block(saved.description["meft"])
-        compute_dtype = DTYPES[saved.description["compute_dtype"]]
-        attached = attach(model, config, compute_dtype=compute_dtype, trainable=False)
-        require_fit(attached, saved)
-        if config.optimizer.mode == "dense_equivalent" and saved.is_checkpoint:
-            fill(attached, saved, functools.partial(current_rows, saved))
-        else:
-            fill(attached, saved, lambda ffn, kind, rows: saved.compute_rows(ffn, kind, rows).float())
-    return model
 
 
 def require_fit(attached: AttachedAdapters, saved: SavedAdapter) -> None:

@@ -140,16 +140,17 @@ def _require_own(folder: Path) -> None:
 def model_card(attached: AttachedAdapters, figures: Mapping[str, object]) -> str:
     """A README with what is known of the adapter and its training."""
     shape = attached.config.adapter
-    base = attached.base_model or "the base model"
+    base = attached.peft_keys.get("base_model_name_or_path")
+    name = base or "…"
     header = ["---", "library_name: meft_engine", "tags:", "- meft", "- adapter"]
-    if attached.base_model and not Path(attached.base_model).is_absolute():
-        header.insert(1, f"base_model: {attached.base_model}")
+    if base and not Path(base).is_absolute():
+        header.insert(1, f"base_model: {base}")
     trained = sum(table.rows * table.width for table in attached.tables())
     lines = [
         *header,
         "---",
         "",
-        f"# A MEFT adapter for {base}",
+        f"# A MEFT adapter for {base or 'its base model'}",
         "",
         f"{len(attached.adapters)} FFNs with {shape.rows} rows each ({trained:,} parameters), of which a token uses at "
         f"most {shape.top_k} of {shape.experts_per_token} of {shape.resolved_num_experts} experts.",
@@ -158,7 +159,7 @@ def model_card(attached: AttachedAdapters, figures: Mapping[str, object]) -> str
         "import meft_engine",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{attached.base_model or "…"}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         'meft_engine.load_adapter(model, "this folder")',
         "```",
     ]

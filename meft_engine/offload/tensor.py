@@ -430,6 +430,16 @@ class PartiallyOffloadedTensor:
 
     # Memory
 
+    def serve(self, device: torch.device) -> None:
+        """Bring rows to another device from now on, where the model has been moved to; on the host they stay in place.
+
+        Only for inference.
+        """
+        if device != self.device:
+            self.device = device
+            on_device = self.resident and device.type != "cpu"
+            self._device_copy = self._high.to(device) if on_device else None
+
     def host_bytes(self) -> int:
         """Bytes allocated on the host for the rows themselves (gradients in flight and optimizer state not counted);
         of what the ranks of a node share, this rank's part."""

@@ -162,6 +162,25 @@ def test_generation_and_a_loaded_adapter_agree(tmp_path):
         assert torch.equal(plain.generate(input_ids=ids, max_new_tokens=6, do_sample=False), generated)
 
 
+def test_rows_on_the_device_and_a_model_that_moves_give_the_same_logits(tmp_path):
+    """Loaded where it computes, with values on the host and on the device; and loaded on the CPU, then moved."""
+    engine = make_engine()
+    losses_of(engine, 2)
+    engine.save_adapter(tmp_path)
+    ids, found = token_ids(3, 9, seed=3).cuda(), []
+    for rows in ("host", "device"):
+        for moves in (False, True):
+            model = tiny_llama().eval()
+            model = model if moves else model.cuda()
+            meft_engine.load_adapter(model, tmp_path, rows=rows)
+            model.cuda()
+            with torch.no_grad():
+                found.append(model(input_ids=ids, use_cache=False).logits)
+            values = model.model.layers[0].mlp.meft_adapter.values
+            assert (values.bytes_to_device == 0) == (rows == "device")
+    assert all(torch.equal(found[0], logits) for logits in found[1:])
+
+
 def test_the_report_counts_what_the_device_holds():
     before = torch.cuda.memory_allocated()
     block = tiny_block({"rows": 4096, "num_experts": 64, "experts_per_token": 4, "top_k": 8})

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meft_engine.adapter.attach import AttachedAdapters, attach, unload_adapter
-from meft_engine.checkpoint.adapter_files import load_adapter
+from meft_engine import disable_adapter, load_adapter, set_adapter, unload_adapter
+from meft_engine.adapter.attach import AttachedAdapters, attach
 from meft_engine.checkpoint.export import save_adapter
 from meft_engine.config import MeftConfigError
 from meft_kernels import reference
@@ -202,9 +202,26 @@ def test_greedy_generation_does_not_depend_on_the_batch_or_on_padding(family):
 def test_a_saved_adapter_gives_a_fresh_model_the_same_logits(family, tmp_path):
     model, attached = adapted(family)
     save_adapter(attached, tmp_path)
-    loaded = load_adapter(family.model(), tmp_path)
-    model.eval(), loaded.eval()
-    assert torch.equal(logits_of(loaded, family, 2), logits_of(model, family, 2))
+    expected = logits_of(model.eval(), family, 2)
+    for rows in ("host", "device"):
+        loaded = load_adapter(family.model().eval(), tmp_path, rows=rows)
+        assert torch.equal(logits_of(loaded, family, 2), expected)
+
+
+@pytest.mark.behaviour("two adapters, disabled")
+def test_each_of_two_adapters_gives_what_it_gives_alone(family, tmp_path):
+    model, base = family.model().eval(), logits_of(family.model().eval(), family, 2)
+    alone = {}
+    for name, gate in (("a", "softmax"), ("b", "none")):
+        single, attached = adapted(family, gate=gate, layers_to_transform=[int(name == "b")])
+        save_adapter(attached, tmp_path / name)
+        alone[name] = logits_of(single.eval(), family, 2)
+        load_adapter(model, tmp_path / name, name=name)
+    for name, expected in alone.items():
+        set_adapter(model, name)
+        assert torch.equal(logits_of(model, family, 2), expected)
+        with disable_adapter(model):
+            assert torch.equal(logits_of(model, family, 2), base)
 
 
 @pytest.mark.behaviour("unload")
