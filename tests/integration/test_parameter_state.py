@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+import meft_engine
 from meft_engine.checkpoint import engine_state, parameter_state
-from meft_engine.config import MeftConfigError
 from tests.families import fill_values, tiny_block, tiny_llama
 from tests.integration.engines import (
     batch,
-    build_engine,
     differing,
+    ds_config,
     largest_difference,
-    lm_loss,
     row_state,
     train_step,
 )
@@ -41,6 +38,9 @@ STAGES: dict[str, dict[str, Any]] = {
     "2, offloaded": {"stage": 2, "offload": True},
     "3, offloaded": {"stage": 3, "offload": True, "offload_param": True},
 }
+BF16 = {"bf16": True, "lora": False}
+"""Without a LoRA, whose gradients in bf16 are not the same in all stages."""
+FP32 = {"bf16": False, "lora": True}
 ALL_STAGES = [(one, other) for one in "0123" for other in "0123"]
 
 
@@ -58,15 +58,32 @@ class Counting(nn.Module):
             self.passing += 1
 
 
-def make_engine(name: str, *, lora: bool = True, adam: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """At a stage of :data:`STAGES`, with a schedule, one norm and a buffer."""
+def make_engine(
+    name: str,
+    *,
+    lora: bool = True,
+    adam: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
+    block: dict[str, Any] | None = None,
+    optimizer: Any = None,
+    **settings: Any,
+) -> Any:
+    """At a stage of :data:`STAGES`, with a schedule, one norm and a buffer.
+
+    Args:
+        lora: whether one trains beside the routers. zero: more of ``zero_optimization``. block: of the adapter.
+        optimizer: makes the client's, of the model.
+    """
     model = tiny_llama(num_hidden_layers=2)
     model.counting = Counting()
     model.register_forward_hook(lambda module, *_: module.counting())
     if lora:
         model = with_lora(model, ["q_proj", "v_proj"])
-    settings = {"scheduler": SCHEDULE, "clip": 0.5, **settings}
-    engine = build_engine(model, adam={**ADAM, **(adam or {})}, **STAGES[name], **settings)
+    settings = {**({} if optimizer else {"scheduler": SCHEDULE}), "clip": 0.5, **STAGES[name], **settings}
+    config = ds_config(tiny_block(block), adam={} if optimizer else {**ADAM, **(adam or {})}, **settings)
+    config.get("zero_optimization", {}).update(zero or {})
+    client = optimizer(model) if optimizer else None
+    engine = meft_engine.initialize(model=model, optimizer=client, config=config)[0]
     fill_values(engine.meft_adapters)
     return engine
 
@@ -148,7 +165,7 @@ def take_over(engine: Any, run: Run) -> None:
         master = run.tensors[name.replace("/compute", "/master")]
         assert torch.equal(value, master.to(_dtype(engine)).float()), name
     engine_state.load(engine, run.folder, resume=True)
-    assert differing(compute, compute_copies(engine)) == [] or _dtype(engine) == torch.float32
+    assert differing(compute, compute_copies(engine)) == [], "the adapter's file holds the same routers"
 
 
 def _dtype(engine: Any) -> torch.dtype:
@@ -170,12 +187,121 @@ def go_on(engine: Any, saved: Run, through: Run, *, exact: bool) -> None:
     engine.destroy()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("saved", "loaded"), ALL_STAGES)
-def test_every_stage_takes_over_from_every_other(saved, loaded, bf16, run_at):
-    lora = not bf16
-    engine = make_engine(loaded, bf16=bf16, lora=lora)
+def test_every_stage_takes_over_from_every_other(saved, loaded, precision, run_at):
+    engine = make_engine(loaded, **precision)
     if saved == loaded:
         train(engine, 50, 2)  # so that there is something to replace
-    before, after = run_at(saved, bf16=bf16, lora=lora), run_at(loaded, bf16=bf16, lora=lora)
-    go_on(engine, before, after, exact=saved == loaded)
+    go_on(engine, run_at(saved, **precision), run_at(loaded, **precision), exact=saved == loaded)
+
+
+# --- layouts that only some engines have
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("0", "2, offloaded"), ("2, offloaded", "3, offloaded"), ("3, offloaded", "0"), ("3, offloaded", "3, offloaded")],
+)
+def test_what_is_offloaded_is_taken_over_too(saved, loaded, run_at):
+    before, after = run_at(saved, **BF16), run_at(loaded, **BF16)
+    go_on(make_engine(loaded, **BF16), before, after, exact=saved == loaded)
+
+
+SMALL = {
+    "whole on every rank": {"stage3_param_persistence_threshold": 100_000},
+    "in several groups": {"sub_group_size": 100},
+}
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("zero", SMALL.values(), ids=SMALL)
+def test_small_parameters_of_stage_3(zero, precision, run_at):
+    before, after = run_at("0", **precision), run_at("3", **precision, zero=zero)
+    engine = make_engine("3", **precision, zero=zero)
+    if "sub_group_size" in zero:
+        assert len(engine.optimizer.fp16_groups) > 1
+    go_on(engine, before, after, exact=False)
+    go_on(make_engine("3", **precision, zero=zero), after, after, exact=True)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("0", "3"), ("3", "1")])
+def test_an_anchor_alone(saved, loaded, run_at):
+    settings = {"block": {"gate": "none"}, "lora": False}
+    before = run_at(saved, **settings)
+    assert [name for name in before.tensors if name.endswith("/master")] == [
+        "model.layers.0.mlp.meft_adapter.anchor0/master"
+    ]
+    go_on(make_engine(loaded, **settings), before, run_at(loaded, **settings), exact=False)
+
+
+def two_groups(model: nn.Module) -> torch.optim.Optimizer:
+    """LoRA's matrices B with settings of their own."""
+    ours = [p for name, p in model.named_parameters() if "lora_B" in name]
+    others = [p for name, p in model.named_parameters() if "lora_B" not in name]
+    own = {"params": ours, "lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.0}
+    return torch.optim.AdamW([{"params": others}, own], lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("0", "2"), ("3", "0"), ("2", "3")])
+def test_groups_keep_their_settings(saved, loaded, run_at):
+    settings = {"optimizer": two_groups}
+    before, after = run_at(saved, **settings), run_at(loaded, **settings)
+    engine = make_engine(loaded, **settings)
+    for group in engine.basic_optimizer.param_groups:
+        group.update(lr=1.0, betas=(0.5, 0.5), eps=1.0, weight_decay=0.5)
+    go_on(engine, before, after, exact=False)
+
+
+OWN = {"torch_adam": False}
+"""DeepSpeed's ``FusedAdam`` or, where the optimizer is offloaded, its ``DeepSpeedCPUAdam``."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (("0", {}), ("2, offloaded", OWN)),
+        (("2, offloaded", OWN), ("0", {})),
+        (("2, offloaded", OWN), ("3, offloaded", OWN)),
+        (("3, offloaded", OWN), ("3, offloaded", OWN)),
+        (("0", {}), ("0", OWN)),
+        (("0", OWN), ("0", OWN)),
+        (("0", OWN), ("1", {})),
+        (("3", {}), ("0", OWN)),
+        (("2", OWN), ("3", OWN)),
+    ],
+)
+def test_optimizers_of_deepspeed(saved, loaded, precision, run_at):
+    """``slow``, since DeepSpeed compiles its fused and its CPU Adam on first use.
+
+    Neither resumes to the last bit: they multiply the powers of beta step by step, and start with one that is computed.
+    """
+    (one, adam), (name, own_adam) = saved, loaded
+    before, after = run_at(one, adam=adam, **precision), run_at(name, adam=own_adam, **precision)
+    engine = make_engine(name, adam=own_adam, **precision)
+    kind = type(engine.basic_optimizer).__name__
+    assert kind == ("AdamW" if not own_adam else "DeepSpeedCPUAdam" if "offloaded" in name else "FusedAdam")
+    go_on(engine, before, after, exact=False)
+    if saved == loaded:
+        resumed = make_engine(name, adam=own_adam, **precision)
+        resumed.load_checkpoint(str(before.folder.parent), before.folder.name)
+        losses = train(resumed, STEPS)
+        expected = replace(after, losses=losses, final=everything(resumed))
+        go_on(make_engine(name, adam=own_adam, **precision), before, expected, exact=True)
+
+
+@pytest.fixture
+def fp16_on_cpu(monkeypatch) -> None:
+    """PyTorch computes in it there, and DeepSpeed asks the accelerator whether it does."""
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("1", "3"), ("3", "2"), ("2", "2")])
+def test_dynamic_loss_scales(saved, loaded, fp16_on_cpu, run_at):
+    # So high that steps are skipped, and a window so short that it rises again.
+    settings = {"fp16": {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 2, "hysteresis": 1}}
+    before, after = run_at(saved, **settings), run_at(loaded, **settings)
+    go_on(make_engine(loaded, **settings), before, after, exact=saved == loaded)
+    assert before.tensors["loss_scaler"].tolist() != after.final["loss_scaler"].tolist()
