@@ -297,6 +297,21 @@ def test_one_count_of_steps_for_what_is_flat(name, counts, run_at):
         assert torch.equal(found[f"{seldom}/{kind}"], tensors[f"{seldom}/{kind}"])
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["1", "2, offloaded", "3"])
+def test_deepspeed_shows_what_was_restored(name, trained, run_at):
+    tensors = run_at("0", **FP32).tensors
+    engine = make_engine(**STAGES[name])
+    if trained:
+        train(engine, 50, 1)
+    parameter_state.restore(engine, tensors)
+    for parameter_name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            for kind in ("exp_avg", "exp_avg_sq"):
+                shown = safe_get_full_optimizer_state(parameter, kind)
+                assert torch.equal(shown, tensors[f"{parameter_name}/{kind}"])
+
+
 # --- the run's progress
 
 
