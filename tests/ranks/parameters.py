@@ -22,7 +22,7 @@ from tests.integration.engines import batch, train_step
 from tests.integration.parameters import compute_copies, make_engine, take_over
 from tests.ranks import member
 
-STEPS, SENTENCES = 3, 4
+STEPS, SENTENCES = 3, 6
 """Of a leg; of a step, over all ranks."""
 
 
@@ -40,6 +40,8 @@ class Leg:
     gate: str = "softmax"
     bf16: bool = False
     steps: int = STEPS
+    trained_before: bool = False
+    """Whether it takes over in an engine that has trained something else, and has small parameters whole."""
 
 
 def run(leg: Leg, rank: int, size: int) -> dict[str, Any]:
@@ -51,14 +53,19 @@ def run(leg: Leg, rank: int, size: int) -> dict[str, Any]:
         shape=ODD_WIDTH,
         stage=leg.stage,
         bf16=leg.bf16,
+        zero={"stage3_param_persistence_threshold": 100_000} if leg.trained_before else None,
         train_micro_batch_size_per_gpu=SENTENCES // size,
     )
+
+    def train(start: int, steps: int) -> list[float]:
+        batches = [batch(100 + step, size=SENTENCES, length=8) for step in range(start, start + steps)]
+        return [train_step(engine, [sentences.chunk(size)[rank]]) for sentences in batches]
+
+    if leg.trained_before:
+        train(50, 1)
     if leg.load is not None:
         take_over(engine, Path(leg.load, "middle"), torch.load(Path(leg.load, "parameters.pt")))
-    losses = []
-    for step in range(leg.start, leg.start + leg.steps):
-        sentences = batch(100 + step, size=SENTENCES, length=8).chunk(size)[rank]
-        losses.append(train_step(engine, [sentences]))
+    losses = train(leg.start, leg.steps)
     if leg.save is not None:
         engine.save_checkpoint(leg.save, tag="middle", client_state={"epoch": 3})
         tensors = parameter_state.capture(engine)
