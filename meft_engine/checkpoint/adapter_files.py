@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach
+from meft_engine.adapter.attach import DTYPES, AttachedAdapters, attach, unload_adapter
 from meft_engine.checkpoint.catch_up import current_rows
 from meft_engine.checkpoint.saved_adapter import (
     FORMAT,
@@ -97,17 +97,27 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         FileNotFoundError: if a file is missing.
         MeftConfigError: if the adapter does not fit the model, or a file is not what was saved.
     """
-    with SavedAdapter(find_adapter(Path(folder))) as saved:
+    attach_saved(model, Path(folder))
+    return model
+
+
+def attach_saved(model: nn.Module, folder: Path) -> AttachedAdapters:
+    """What :func:`load_adapter` does; gives the adapters. A model whose adapter is refused has none afterwards."""
+    with SavedAdapter(find_adapter(folder)) as saved:
         saved.require_whole()
         config = MeftConfig.from_block(saved.description["meft"])
         compute_dtype = DTYPES[saved.description["compute_dtype"]]
         attached = attach(model, config, compute_dtype=compute_dtype, trainable=False)
-        require_fit(attached, saved)
-        if config.optimizer.mode == "dense_equivalent" and is_checkpoint(saved.folder):
-            fill(attached, saved, functools.partial(current_rows, saved))
-        else:
-            fill(attached, saved, lambda ffn, kind, rows: saved.compute_rows(ffn, kind, rows).float())
-    return model
+        try:
+            require_fit(attached, saved)
+            if config.optimizer.mode == "dense_equivalent" and is_checkpoint(saved.folder):
+                fill(attached, saved, functools.partial(current_rows, saved))
+            else:
+                fill(attached, saved, lambda ffn, kind, rows: saved.compute_rows(ffn, kind, rows).float())
+        except BaseException:
+            unload_adapter(model)
+            raise
+    return attached
 
 
 def require_fit(attached: AttachedAdapters, saved: SavedAdapter) -> None:
