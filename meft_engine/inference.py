@@ -46,10 +46,18 @@ def load_adapter(
             ``rows`` is neither. Whatever is
             raised, the model is left as it was.
     """
+    attach_saved(model, Path(folder), name=name, rows=rows)
+    return model
+
+
+def attach_saved(
+    model: nn.Module, folder: Path, *, name: str = DEFAULT_NAME, rows: Literal["host", "device"] = "host"
+) -> AttachedAdapters:
+    """What :func:`load_adapter` does; gives the adapters."""
     if rows not in _PLACES:
         raise MeftConfigError(f'rows = {rows!r} is no place for rows; use "host" or "device"')
     require_free(model, name)
-    with SavedAdapter(find_adapter(Path(folder))) as saved:
+    with SavedAdapter(find_adapter(folder)) as saved:
         saved.require_whole()
         attached = attach(
             model,
@@ -64,7 +72,7 @@ def load_adapter(
         except BaseException:
             take_off(model, [switch for switch in switches(model) if switch.name == name])
             raise
-    return model
+    return attached
 
 
 def fill_from(attached: AttachedAdapters, saved: SavedAdapter) -> None:

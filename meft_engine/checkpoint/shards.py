@@ -9,15 +9,15 @@ ranks reads them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from meft_engine.checkpoint.snapshot import RowSnapshot
+from meft_engine.checkpoint.snapshot import Block
 from meft_engine.checkpoint.tensor_files import (
     TYPES,
     Described,
@@ -26,6 +26,7 @@ from meft_engine.checkpoint.tensor_files import (
     open_safetensors,
 )
 from meft_engine.config import MeftConfigError
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
 
 _NAME = re.compile(r"rows-(\d+)-of-(\d+)\.safetensors")
 _BLOCK = re.compile(r"(.+)/([a-z_]+)/(\d+)-(\d+)")
@@ -37,7 +38,20 @@ def file_name(rank: int, ranks: int) -> str:
     return f"rows-{rank}-of-{ranks}.safetensors"
 
 
-def write_rows(snapshot: RowSnapshot, random_state: Mapping[str, Tensor], path: Path) -> WrittenFile:
+class RowSource(Protocol):
+    """Where the rows of a rank come from, such as :class:`RowSnapshot`."""
+
+    def blocks(self) -> Iterable[Block]:
+        """Table by table, from the first row on."""
+
+    def kinds(self, table: PartiallyOffloadedTensor) -> Mapping[str, Tensor]:
+        """What there is of a table, by kind; for shapes and types, not for what is in it."""
+
+    def take(self, block: Block) -> Mapping[str, Tensor]:
+        """A block's rows by kind, in the order of :meth:`kinds`; each is taken once, in the order of the blocks."""
+
+
+def write_rows(snapshot: RowSource, random_state: Mapping[str, Tensor], path: Path) -> WrittenFile:
     """Write what a rank owns, block by block."""
     tensors = {_RANDOM + name: Described(tuple(value.shape), value.dtype) for name, value in random_state.items()}
     for table, rows in snapshot.blocks():
