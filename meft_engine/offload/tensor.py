@@ -139,11 +139,12 @@ class PartiallyOffloadedTensor:
 
     @property
     def master(self) -> Tensor:
-        """The fp32 masters [r, d], for reading: a new tensor where they are kept as planes, else the table's memory.
+        """The fp32 masters [r, d], for reading: a new tensor where they are kept as planes, else the table itself.
 
         Of rows that another rank owns, the compute copy.
         """
-        return self.masters(slice(None))
+        with self.reading():
+            return self.masters(slice(None)) if self._low is not None else self._high.float()
 
     def masters(self, rows: slice) -> Tensor:
         """[n, d] float32: those of consecutive rows, as :attr:`master` has them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -180,6 +181,32 @@ def test_an_engine_trains_it(family, stage):
     assert all((rows != before[name]).any() for name, rows in masters(engine).items())
     assert base and all(torch.equal(p, base[n]) for n, p in engine.module.named_parameters() if n in base)
     engine.destroy()
+
+
+@pytest.mark.behaviour("export, PEFT")
+def test_what_an_engine_exports_gives_its_logits_and_its_text(family, tmp_path):
+    """Under one ZeRO stage or another; to a plain model, and to one of PEFT."""
+    stage = list(FAMILIES.values()).index(family) % 4
+    engine = build_engine(family.model(), stage=stage, adam={"lr": 3e-2})
+    fill_values(engine.meft_adapters)
+    inputs = batch(family, 2)
+    engine.backward(engine(**{"labels": inputs["input_ids"], **inputs}, use_cache=False).loss)
+    engine.step()
+    engine.eval()
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected, text = logits_of(engine, family, 2), engine.module.generate(**prompts, **settings)
+    engine.save_adapter(tmp_path)
+    engine.destroy()
+    loaded = load_adapter(family.model(), tmp_path).eval()
+    through_peft = peft.PeftModel.from_pretrained(family.model(), tmp_path).eval()
+    for model in (loaded, through_peft):
+        with torch.no_grad():
+            torch.testing.assert_close(logits_of(model, family, 2), expected, rtol=0, atol=1e-6)
+            assert torch.equal(model.generate(**prompts, **settings), text)
+    with torch.no_grad():
+        assert (logits_of(family.model().eval(), family, 2) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.behaviour("generate, cache, left padding")
