@@ -142,7 +142,7 @@ def stepper(engine: Any) -> Callable[[int], None]:
     """Takes one optimizer step on sentences of a number."""
 
     def step(number: int) -> None:
-        ids = torch.randint(VOCAB, (4, 64), generator=torch.Generator().manual_seed(number))
+        ids = torch.randint(VOCAB, (4, 64), generator=torch.Generator().manual_seed(number)).to(engine.device)
         engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
 
