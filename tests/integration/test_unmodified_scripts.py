@@ -11,10 +11,10 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 import meft_engine
+from meft_engine.checkpoint.saved_adapter import SavedAdapter
 from tests.families import tiny_block, tiny_llama
 from tests.integration.engines import ds_config, largest_difference
 from tests.integration.processes import SCRIPTS, start_jobs, wait_for
@@ -108,9 +108,12 @@ def result(folder: Path, name: str) -> dict[str, Any]:
 
 
 def saved_rows(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The rows in the job's last checkpoint."""
+    """The masters in the job's last checkpoint."""
     tag = "last" if name.startswith("loop") else "checkpoint-8/global_step8"
-    return load_file(folder / name / tag / "meft" / "adapter_model.safetensors")
+    with SavedAdapter(folder / name / tag / "meft") as saved:
+        whole = slice(0, saved.description["meft"]["adapter"]["rows"])
+        ffns = saved.description["ffns"]
+        return {f"{ffn}.{kind}": saved.master_rows(ffn, kind, whole) for ffn in ffns for kind in ("keys", "values")}
 
 
 def losses(folder: Path, name: str) -> list[float]:
