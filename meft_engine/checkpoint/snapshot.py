@@ -19,6 +19,7 @@ from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 
 _WAIT = 0.02
+_BLOCK_BYTES = 1 << 22  # of one kind; an update waits while a block is copied
 
 
 class Block(NamedTuple):
@@ -70,7 +71,7 @@ class RowSnapshot:
         for table in optimizer.tables():
             planes = optimizer.saved_planes(table)
             row_bytes = max(plane[:1].numel() * plane.element_size() for plane in planes.values())
-            blocks = pieces(table.owned, row_bytes)
+            blocks = pieces(table.owned, row_bytes, _BLOCK_BYTES)
             unread = torch.zeros(table.rows, dtype=torch.bool)
             unread[table.owned] = True
             self._tables[table.name] = (table, _OfTable(planes, blocks, unread))
@@ -139,12 +140,12 @@ class RowSnapshot:
 
     def _copy(self, part: _OfTable, rows: Tensor) -> None:
         """Keep rows, which ascend, by their blocks."""
-        starts = torch.tensor([block.start for block in part.blocks])
-        of_block = torch.bucketize(rows, starts, right=True) - 1
-        for index in of_block.unique().tolist():
-            own = rows[of_block == index]
-            kept = _Kept(own, {kind: plane[own] for kind, plane in part.planes.items()})
-            part.kept.setdefault(int(starts[index]), []).append(kept)
-            self._used += kept.nbytes
+        ends = torch.searchsorted(rows, torch.tensor([block.stop for block in part.blocks])).tolist()
+        for block, first, last in zip(part.blocks, [0, *ends], ends, strict=False):
+            if first < last:
+                own = rows[first:last].clone()
+                kept = _Kept(own, {kind: plane.index_select(0, own) for kind, plane in part.planes.items()})
+                part.kept.setdefault(block.start, []).append(kept)
+                self._used += kept.nbytes
         self._most_used = max(self._most_used, self._used)
         part.unread[rows] = False

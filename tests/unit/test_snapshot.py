@@ -72,7 +72,7 @@ class Reader:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(module, "pieces", lambda rows, row_bytes: pieces(rows, row_bytes, limit=11 * row_bytes))
+    monkeypatch.setattr(module, "pieces", lambda rows, row_bytes, _: pieces(rows, row_bytes, limit=11 * row_bytes))
 
 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
