@@ -265,8 +265,8 @@ class CheckpointConfig(_Section):
     """Train on while a checkpoint's rows are written: they are what they were when the save began."""
 
     snapshot_bytes: int | None = Field(None, ge=1)
-    """Memory for copies of rows that change while they wait to be written; when it is used up, the update waits.
-    ``null``: a quarter of the memory that is free when training starts."""
+    """Memory of a rank for copies of rows that change while they wait to be written; used up, the update waits.
+    ``null``: a quarter of the memory that is free when training starts, divided among the ranks of the node."""
 
     save_base: bool = False
     """Also write the frozen base model into every checkpoint. Off: a resume starts from the same base model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import torch
 
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
+
+logger = logging.getLogger("meft_engine")
 
 
 def required(engine: MeftEngine, tag_folder: Path, *, resume: bool) -> list[str]:
@@ -49,7 +52,13 @@ def read(path: str | Path, map_location: Any = "cpu") -> Any:
     with torch.serialization.safe_globals(_classes()):
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError:
+        except pickle.UnpicklingError as error:
+            logger.warning(
+                "%s holds objects that only pickle can read, which may run code (%s); keep a client_state and a "
+                "scheduler to tensors and plain values to avoid it",
+                path,
+                str(error).partition("\n")[0],
+            )
             return torch.load(path, map_location=map_location, weights_only=False)
 
 

@@ -59,7 +59,7 @@ def _require_match(engine: MeftEngine, tag_folder: Path, resume: bool) -> None:
         saved.require_whole(lambda names: names[ranks.rank :: ranks.size])
         adapter_files.require_fit(engine.meft_adapters, saved)
         if not same:
-            _require_parameters(engine, saved, manifest.layout, resume)
+            _require_parameters(engine, saved, manifest.layout)
         if not resume:
             return
         theirs, own = saved.description["meft"]["optimizer"], engine.meft_config.optimizer.model_dump()
@@ -118,7 +118,7 @@ def load_parameters(engine: MeftEngine, tag_folder: Path, *, resume: bool, lr_sc
     return parameter_state.restore_progress(engine, states, lr_scheduler=lr_scheduler)
 
 
-def _require_parameters(engine: MeftEngine, saved: SavedAdapter, layout: dict[str, int | str], resume: bool) -> None:
+def _require_parameters(engine: MeftEngine, saved: SavedAdapter, layout: dict[str, int | str]) -> None:
     own, tensors = parameter_state.layout_of(engine), saved.tensors(PARAMETERS)
     reason = parameter_state.supported(engine)
     if reason is None and not tensors:

@@ -45,7 +45,7 @@ def save_adapter(
         figures: of the training, for the model card.
 
     Raises:
-        ValueError: if another kind of adapter is in that folder.
+        ValueError: if another kind of adapter is in that folder, or ``dtype`` asks for more than this rank has.
         OSError: if it cannot be written; an adapter that was there before still is.
     """
     small = adapter_files.small_tensors(attached, resumable=False, state_dict=state_dict)
@@ -53,6 +53,7 @@ def save_adapter(
         return
     dtype = dtype or attached.compute_dtype
     _require_own(folder)
+    _require_exact(attached, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     tables = {table.name.replace("/", "."): table for table in attached.tables()}
     parts = _split(tables, dtype, sum(tensor.nbytes for tensor in small.values()))
@@ -135,6 +136,17 @@ def _require_own(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds an adapter of type {kind}, which would be overwritten; save to another folder"
         )
+
+
+def _require_exact(attached: AttachedAdapters, dtype: torch.dtype) -> None:
+    """Of rows that other ranks own, this one has no more than the compute copy."""
+    for table in attached.tables():
+        owners_alone = table.shard is not None and not table.shard.shares_state
+        if owners_alone and dtype == torch.float32 and table.compute_dtype != dtype:
+            raise ValueError(
+                'save_adapter(dtype="fp32") with several ranks would give rounded rows, whose fp32 masters each owner '
+                "alone has; leave dtype out, or load a checkpoint with one rank and save there"
+            )
 
 
 def model_card(attached: AttachedAdapters, figures: Mapping[str, object]) -> str:

@@ -216,7 +216,11 @@ def put_in_place(partial: Path, folder: Path) -> None:
         old = folder.with_name(folder.name + ".old")
         remove(old)
         os.rename(folder, old)
-        os.rename(partial, folder)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
         remove(old)
     sync_folder(folder.parent)
 

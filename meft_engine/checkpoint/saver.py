@@ -68,7 +68,8 @@ class CheckpointSaver:
 
     Args:
         engine: whose rows and ranks are saved. background: go on training while rows are written.
-        snapshot_bytes: of copies of rows that change meanwhile; ``None``: a quarter of the memory that is free now.
+        snapshot_bytes: of copies of rows that change meanwhile; ``None``: a quarter of the memory that is free now,
+            divided among the ranks of the node.
         keep_last: how many whole checkpoints stay; ``None``: all.
     """
 
@@ -77,7 +78,11 @@ class CheckpointSaver:
     ) -> None:
         self._engine, self._keep_last = engine, keep_last
         self._ranks = _of_its_own(engine.ranks) if background else engine.ranks
-        self._budget = (snapshot_bytes or psutil.virtual_memory().available // 4) if background else None
+        self._budget = None
+        if background:
+            ours = psutil.virtual_memory().available // (4 * len(engine.ranks.node))
+            self._budget = snapshot_bytes or ours
+            logger.info("checkpoint.snapshot_bytes = %d of this rank", self._budget)
         self._thread: threading.Thread | None = None
         self._failure: CheckpointSaveError | None = None
         self.most_copied = 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
@@ -183,3 +185,15 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     return max(
         float((one[name].detach().cpu().double() - other[name].detach().cpu().double()).abs().max()) for name in one
     )
+
+
+def refuse(engine: Any, folder: Path, kind: type[Exception], *words: str, **load: Any) -> None:
+    """Loading raises ``kind`` in one sentence that holds the words, and changes neither engine nor random state."""
+    before, generator, steps = full_state(engine), torch.get_rng_state(), engine.global_steps
+    with pytest.raises(kind) as raised:
+        engine.load_checkpoint(str(folder), **load)
+    message = str(raised.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert differing(before, full_state(engine)) == []
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert engine.global_steps == steps

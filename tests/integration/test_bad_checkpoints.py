@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from meft_engine import MeftConfigError, load_adapter
 from tests.families import tiny_block, tiny_llama
-from tests.integration.engines import batch, build_engine, differing, full_state, train_step
+from tests.integration.engines import batch, build_engine, refuse, train_step
 
 TAG = "global_step1"
 OURS = (
@@ -43,18 +42,6 @@ def engines() -> dict[int, Any]:
         train_step(engine, [batch(2)])
         train_step(engine, [batch(3)])
     return made
-
-
-def refuse(engine: Any, folder: Path, kind: type[Exception], *words: str, **load: Any) -> None:
-    """Loading raises ``kind`` in one sentence that holds the words, and changes neither engine nor random state."""
-    before, generator, steps = full_state(engine), torch.get_rng_state(), engine.global_steps
-    with pytest.raises(kind) as raised:
-        engine.load_checkpoint(str(folder), **load)
-    message = str(raised.value)
-    assert "\n" not in message and all(word in message for word in words), message
-    assert differing(before, full_state(engine)) == []
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert engine.global_steps == steps
 
 
 @pytest.mark.parametrize("stage", [0, 2])

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from meft_engine import MeftConfigError, load_adapter
-from meft_engine.checkpoint import folders
+from meft_engine.checkpoint import export, folders
 from meft_engine.checkpoint.saver import CheckpointSaveError
 from tests.families import tiny_block, tiny_llama
-from tests.integration.engines import batch, build_engine, differing, full_state, train_step
+from tests.integration.engines import batch, build_engine, differing, full_state, refuse, train_step
 
 TAG = "global_step2"
 FILES = [
@@ -49,16 +50,6 @@ def engine() -> Any:
 @pytest.fixture
 def copied(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-def refuse(engine: Any, folder: Path, kind: type[Exception], *words: str, **load: Any) -> None:
-    before, generator, steps = full_state(engine), torch.get_rng_state(), engine.global_steps
-    with pytest.raises(kind) as raised:
-        engine.load_checkpoint(str(folder), **load)
-    message = str(raised.value)
-    assert "\n" not in message and all(word in message for word in words), message
-    assert differing(before, full_state(engine)) == []
-    assert torch.equal(torch.get_rng_state(), generator) and engine.global_steps == steps
 
 
 def flip(path: Path, place: float) -> None:
@@ -239,6 +230,52 @@ def test_old_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch):
     assert seen[-1] == ["global_step2", "global_step3", "global_step4"]
     assert [folder.name for folder in folders.whole_ones(tmp_path)] == ["global_step3", "global_step4"]
     assert (tmp_path / "latest").read_text() == "global_step4"
+
+
+def test_a_rename_that_fails_gives_the_old_checkpoint_its_name_back(tmp_path, monkeypatch):
+    """Where two folders cannot be exchanged."""
+    engine = build_engine(tiny_llama(), stage=2)
+    train_step(engine, [batch(0)])
+    engine.save_checkpoint(str(tmp_path), tag="best")
+    saved, rename = full_state(engine), os.rename
+    train_step(engine, [batch(1)])
+
+    def fail(source: Path, target: Path) -> None:
+        if str(source).endswith(folders.PARTIAL):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folders, "_exchange", lambda one, other: False)
+        patched.setattr(os, "rename", fail)
+        with pytest.raises(CheckpointSaveError, match="Input/output error.*untouched"):
+            engine.save_checkpoint(str(tmp_path), tag="best")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["best"]
+    engine.load_checkpoint(str(tmp_path))
+    assert differing(full_state(engine), saved) == []
+
+
+def test_what_only_pickle_can_read_is_said(tmp_path, caplog):
+    engine = build_engine(tiny_llama(), stage=2)
+    for value, warned in ({"plain": [1, 2.0, "three"]}, False), ({"path": tmp_path}, True):
+        engine.save_checkpoint(str(tmp_path), tag="t", client_state=value)
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="meft_engine"):
+            _, client = build_engine(tiny_llama(), stage=2).load_checkpoint(str(tmp_path))
+        assert client.items() >= value.items()
+        assert ("only pickle can read" in caplog.text) == warned
+
+
+def test_rounded_rows_are_not_exported_as_fp32(tmp_path):
+    engine = build_engine(tiny_llama(), stage=2, bf16=True)
+    engine.save_adapter(tmp_path / "one rank", dtype="fp32")
+    for table in engine.meft_adapters.tables():
+        table.shard = SimpleNamespace(shares_state=False)
+    with pytest.raises(ValueError, match="leave dtype out"):
+        export.save_adapter(engine.meft_adapters, tmp_path / "several", dtype=torch.float32)
+    for table in engine.meft_adapters.tables():
+        table.shard = None
+    assert not (tmp_path / "several").exists()
 
 
 def test_saving_the_same_tag_again_replaces_it_whole(tmp_path, monkeypatch):
