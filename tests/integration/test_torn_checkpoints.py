@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from meft_engine import MeftConfigError, load_adapter
 from meft_engine.checkpoint import export, folders
