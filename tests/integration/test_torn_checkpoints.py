@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from meft_engine import MeftConfigError, load_adapter
 from meft_engine.checkpoint import export, folders
 from meft_engine.checkpoint.saver import CheckpointSaveError
+from meft_engine.checkpoint.tensor_files import write_tensors
 from tests.families import tiny_block, tiny_llama
 from tests.integration.engines import batch, build_engine, differing, full_state, refuse, train_step
 
@@ -156,6 +158,29 @@ def test_a_header_that_lies_where_the_manifest_believes_it(what, engine, copied)
     refuse(engine, copied, MeftConfigError, str(path), "not a whole safetensors file")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: {"0-30": rows[:30]}, "has 30 rows, where 35"),
+        (lambda rows: {"0-10": rows[:10], "12-35": rows[12:]}, "row 10 is due"),
+        (lambda rows: {"0-35": rows[:30]}, "has 30 rows"),
+        (lambda rows: {"0-35": rows.double()}, "type F64"),
+        (lambda rows: {}, "is missing"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["compute", "exp_avg"])
+def test_rows_that_are_not_all_there(kind, change, words, engine, copied):
+    """In a file that the manifest believes."""
+    path, name = copied / TAG / "meft" / "rows-0-of-1.safetensors", f"model.layers.1.mlp/values/{kind}"
+    tensors = load_file(path)
+    tensors |= {f"{name}/{rows}": part for rows, part in change(tensors.pop(f"{name}/0-35")).items()}
+    path.unlink()
+    found = write_tensors(path, tensors)
+    record = {"bytes": found.bytes, "sha256": found.sha256}
+    edit(copied / TAG, lambda manifest: manifest["files"].update({"meft/rows-0-of-1.safetensors": record}))
+    refuse(engine, copied, MeftConfigError, name, words)
+
+
 @pytest.mark.parametrize("content", ["", "global_step7", "..", "/", "../copy/global_step2", "a\nb"])
 def test_a_torn_latest_names_the_newest_whole_checkpoint(content, engine, copied):
     (copied / "latest").write_text(content)
@@ -265,6 +290,22 @@ def test_what_only_pickle_can_read_is_said(tmp_path, caplog):
             _, client = build_engine(tiny_llama(), stage=2).load_checkpoint(str(tmp_path))
         assert client.items() >= value.items()
         assert ("only pickle can read" in caplog.text) == warned
+
+
+def test_an_export_that_ends_halfway_is_absent(tmp_path, monkeypatch):
+    """Over an adapter that was there: rather none than the weights of one with the configuration of the other."""
+    engine = build_engine(tiny_llama())
+    engine.save_adapter(tmp_path)
+    train_step(engine, [batch(0)])
+    with monkeypatch.context() as patched:
+        patched.setattr(export.folders, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        (tmp_path / "README.md").unlink()
+        with pytest.raises(KeyboardInterrupt):
+            engine.save_adapter(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        load_adapter(tiny_llama(), tmp_path)
+    engine.save_adapter(tmp_path)
+    load_adapter(tiny_llama(), tmp_path)
 
 
 def test_rounded_rows_are_not_exported_as_fp32(tmp_path):
