@@ -57,14 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except LaunchError as error:
         sys.exit(f"meft_engine.run: {error}")
     target, is_module, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
+    # A script finds its neighbours, a module those of the working directory. The first entry may be this file's own
+    # folder (DeepSpeed starts it by its path under Slurm), whose modules would pass for others of the same name.
+    sys.path[0] = str(Path.cwd() if is_module else Path(target).resolve().parent)
     meft_engine.enable()
     sys.argv = [target, *rest]
     if is_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
-        return
-    # A script finds its neighbours; this module's own first entry is the working directory.
-    sys.path[0] = str(Path(target).resolve().parent)
-    runpy.run_path(target, run_name="__main__")
+    else:
+        runpy.run_path(target, run_name="__main__")
 
 
 if __name__ == "__main__":

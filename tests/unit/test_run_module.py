@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import meft_engine.run
 from meft_engine.run import split_arguments
 
 
@@ -41,21 +42,24 @@ def test_a_wrong_command_line_gets_one_sentence(given, words):
 
 SCRIPT = """
 import json, sys
-import neighbour
+import neighbour, peft, meft_engine
 from deepspeed.runtime.engine import DeepSpeedEngine
 print(json.dumps([__name__, __file__, sys.argv, neighbour.__file__, DeepSpeedEngine.__init__.__name__,
                   DeepSpeedEngine.__init__.__code__.co_name]))
+assert not peft.__file__.startswith(meft_engine.__path__[0])
 """
 
 
 @pytest.mark.parametrize("as_module", [False, True])
-def test_a_script_runs_as_if_it_had_been_started_itself(as_module, tmp_path):
+@pytest.mark.parametrize("start", [["-m", "meft_engine.run"], [meft_engine.run.__file__]], ids=["module", "file"])
+def test_a_script_runs_as_if_it_had_been_started_itself(start, as_module, tmp_path):
+    """DeepSpeed starts the module by its name or, under Slurm, by the path of its file."""
     (tmp_path / "scripts").mkdir()
     script = tmp_path / "scripts" / "train_me.py"
     script.write_text(SCRIPT)
     (tmp_path / "scripts" / "neighbour.py").touch()
     target, cwd = (["-m", "train_me"], script.parent) if as_module else ([str(script)], tmp_path)
-    command = [sys.executable, "-m", "meft_engine.run", "--local_rank=0", *target, "--lr", "0.1"]
+    command = [sys.executable, *start, "--local_rank=0", *target, "--lr", "0.1"]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=120)
     name, file, argv, neighbour, _, code = json.loads(done.stdout.splitlines()[-1])
     assert name == "__main__" and Path(file) == script and argv[1:] == ["--local_rank=0", "--lr", "0.1"]
