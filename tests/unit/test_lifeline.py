@@ -19,7 +19,8 @@ import pytest
 from meft_engine.parallel.lifeline import EXIT_CODE, Lifeline, RankLostError, listen
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 2.0
+# Long enough that a rank is not taken for a lost one because a busy machine does not let it run.
+TIMEOUT = 4.0
 TOKEN = "the token of this job"
 END = "; stopping. The last checkpoint is as it was written."
 
@@ -65,8 +66,8 @@ class Job:
                         pass_fds=[listener.fileno()] if rank == 0 else [],
                         start_new_session=True,  # so that what a rank forks is ended with it
                     )
-        wait_until(lambda: all("up" in self.log(rank) for rank in self.ranks), 20)
-        time.sleep(TIMEOUT / 8)  # a beat, in which rank 0 takes the connections
+        wait_until(lambda: all("up" in self.log(rank) for rank in self.ranks), 60)
+        time.sleep(min(1.0, timeout / 8))  # a beat, in which rank 0 takes the connections
 
     def log(self, rank: int) -> str:
         return (self.folder / f"{rank}.log").read_text()
@@ -75,8 +76,11 @@ class Job:
         for rank in ranks:
             self.ranks[rank].send_signal(number)
 
-    def codes(self, *ranks: int, within: float = TIMEOUT) -> list[int]:
-        """The exit codes of these ranks, which end within so many seconds from now."""
+    def codes(self, *ranks: int, within: float = 10 * TIMEOUT) -> list[int]:
+        """The exit codes of these ranks, which end within so many seconds from now.
+
+        What is said, not when, tells here how a loss was noticed; :mod:`tests.ranks.test_faults` looks at the clock.
+        """
         deadline = time.monotonic() + within
         return [self.ranks[rank].wait(timeout=max(0.001, deadline - time.monotonic())) for rank in ranks]
 
@@ -98,6 +102,12 @@ class Job:
             process.wait()
 
 
+def said_for(line: str, before: str) -> float:
+    """The seconds in a verdict that begins like this."""
+    assert line.startswith(before), line
+    return float(line.removeprefix(before).split()[0])
+
+
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -114,10 +124,10 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_rank_that_is_killed_is_named_at_once(job: Job, lost: int) -> None:
-    job.start(BLOCKED, BLOCKED, BLOCKED, BLOCKED)
+    job.start(BLOCKED, BLOCKED, BLOCKED, BLOCKED, timeout=15)
     others = [rank for rank in range(4) if rank != lost]
     job.signal(signal.SIGKILL, lost)
-    assert job.codes(*others, within=0.7 * TIMEOUT) == [EXIT_CODE] * 3
+    assert job.codes(*others, within=10) == [EXIT_CODE] * 3
     assert job.verdicts(*others) == {f"rank {lost} (host h{lost}) died"}
 
 
@@ -139,7 +149,8 @@ def test_ranks_that_are_stopped_are_named_within_the_timeout(job: Job, lost: lis
         named = verdict.split("; ")
         assert len(named) == len(lost)
         for rank, line in zip(lost, named, strict=True):
-            assert line.startswith(f"rank {rank} (host h{rank}) has given no sign of life for 1."), line
+            silent = said_for(line, f"rank {rank} (host h{rank}) has given no sign of life for ")
+            assert 0.5 * TIMEOUT < silent < 2 * TIMEOUT
 
 
 def test_all_ranks_stopped_at_once_go_on_together(job: Job) -> None:
@@ -166,10 +177,10 @@ def test_training_thread_that_hangs_is_named(job: Job, lost: int) -> None:
     snippets = [BLOCKED] * 3
     snippets[lost] = "lifeline.mark(1, 3, inside=False); time.sleep(60)"
     job.start(*snippets)
-    # All that time before this line counts too, since the ranks have been there from their start.
     assert job.codes(0, 1, 2) == [EXIT_CODE] * 3
     (verdict,) = job.verdicts(0, 1, 2)
-    assert verdict.startswith(f"rank {lost} (host h{lost}) has not come beyond (1, 3) for 1.")
+    waited = said_for(verdict, f"rank {lost} (host h{lost}) has not come beyond (1, 3) for ")
+    assert 0.5 * TIMEOUT < waited < 2 * TIMEOUT
     assert verdict.endswith("while others wait for it at (2, 0)") and "; " not in verdict
 
 
@@ -183,7 +194,7 @@ lifeline.close()
 """
     has_left = "lifeline.mark(9, 0, inside=True); lifeline.mark(9, 0, inside=False)"
     job.start(waits, waits, moves, has_left)
-    assert job.codes(0, 1, 2, 3, within=3 * TIMEOUT) == [0] * 4
+    assert job.codes(0, 1, 2, 3) == [0] * 4
     assert job.silent(0, 1, 2, 3)
 
 
@@ -217,7 +228,7 @@ if not connection.recv(1): raise RuntimeError("Connection closed by peer")
     snippets = [BLOCKED] * 3
     snippets[1], snippets[victim] = dies, fails
     job.start(*snippets)
-    wait_until(lambda: "connected" in job.log(victim), 5)
+    wait_until(lambda: "connected" in job.log(victim), 60)
     job.signal(signal.SIGKILL, 1)
     assert job.codes(victim, 2 - victim) == [1, EXIT_CODE]
     assert job.verdicts(0, 2) == {"rank 1 (host h1) died"}
@@ -294,11 +305,11 @@ def test_garbage_from_a_rank_is_passed_over(job: Job) -> None:
 def test_forked_child_does_not_hide_the_death_of_its_rank(job: Job, lost: int) -> None:
     snippets = [BLOCKED] * 3
     snippets[lost] = "print('child', pid, flush=True) if (pid := os.fork()) else None; time.sleep(60)"
-    job.start(*snippets)
-    wait_until(lambda: "child" in job.log(lost), 5)
+    job.start(*snippets, timeout=15)
+    wait_until(lambda: "child" in job.log(lost), 60)
     others = [rank for rank in range(3) if rank != lost]
     job.signal(signal.SIGKILL, lost)
-    assert job.codes(*others, within=0.7 * TIMEOUT) == [EXIT_CODE] * 2
+    assert job.codes(*others, within=10) == [EXIT_CODE] * 2
     assert job.verdicts(*others) == {f"rank {lost} (host h{lost}) died"}
     os.kill(int(job.log(lost).split()[-1]), 0)  # the child is still there
 
@@ -314,7 +325,8 @@ def test_rank_that_never_connects_is_named(job: Job) -> None:
     job.start(BLOCKED, None, BLOCKED)
     assert job.codes(0, 2) == [EXIT_CODE] * 2
     (verdict,) = job.verdicts(0, 2)
-    assert verdict.startswith("rank 1 (host h1) has not connected to rank 0 (host h0) for 1.") and "; " not in verdict
+    waited = said_for(verdict, "rank 1 (host h1) has not connected to rank 0 (host h0) for ")
+    assert 0.5 * TIMEOUT < waited < 2 * TIMEOUT and "; " not in verdict
 
 
 def test_rank_0_that_cannot_be_reached_is_named() -> None:
