@@ -7,19 +7,20 @@ copied is bounded; beyond that, the update waits until the reader has come to it
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from meft_engine.offload.memory import pieces
+from meft_engine.offload.memory import host_room, pieces
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 
 _WAIT = 0.02
-_BLOCK_BYTES = 1 << 22  # of one kind; an update waits while a block is copied
+_BLOCK_BYTES = 1 << 22  # of one kind
 
 
 class Block(NamedTuple):
@@ -29,15 +30,46 @@ class Block(NamedTuple):
     rows: slice
 
 
-class _Kept(NamedTuple):
-    """Copies of some rows of a block, by kind; ``rows`` [n] int64 are places in the table."""
+class _Room:
+    """Places for copies of rows, shared by all tables whose rows look alike.
 
-    rows: Tensor
-    copies: dict[str, Tensor]
+    They are used again and again, lately used ones first: memory that is new to a process costs several times as much
+    as the copy itself.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + sum(copy.nbytes for copy in self.copies.values())
+    def __init__(self, planes: dict[str, Tensor], places: int) -> None:
+        self._copies = {kind: host_room((places, *plane.shape[1:]), plane.dtype) for kind, plane in planes.items()}
+        self.row_bytes = _row_bytes(planes)
+        self._free = torch.arange(places).flip(0)  # a stack
+        self.used = 0
+
+    def keep(self, planes: dict[str, Tensor], rows: Tensor) -> Tensor:
+        """Copy rows; gives their places [n] int64, ascending."""
+        places = self._free[len(self._free) - self.used - len(rows) : len(self._free) - self.used].sort().values
+        self.used += len(rows)
+        ends = (places.diff() != 1).nonzero().flatten() + 1
+        # Into one run of places after the other, which is as fast as memory is.
+        runs = zip(places.tensor_split(ends), rows.tensor_split(ends), strict=True)
+        for first, own in [(int(run[0]), own) for run, own in runs if len(run)]:
+            for kind, plane in planes.items():
+                torch.index_select(plane, 0, own, out=self._copies[kind][first : first + len(own)])
+        return places
+
+    def bring(self, places: Tensor, found: dict[str, Tensor], rows: Tensor) -> None:
+        """Put copies into these rows of ``found``."""
+        for kind, copies in self._copies.items():
+            found[kind].index_copy_(0, rows, copies.index_select(0, places))
+
+    def give_back(self, places: Tensor) -> None:
+        """Places whose copies have been read."""
+        self.used -= len(places)
+        end = len(self._free) - self.used
+        self._free[end - len(places) : end] = places
+
+    def close(self) -> None:
+        """Forget all copies, and give their memory back."""
+        self._copies.clear()
+        self.used = 0
 
 
 @dataclass
@@ -48,8 +80,9 @@ class _OfTable:
     blocks: list[slice]
     unread: Tensor
     """[r] bool: rows of this rank that are neither read nor copied."""
-    kept: dict[int, list[_Kept]] = field(default_factory=dict)
-    """By the start of a block."""
+    place: Tensor
+    """[r] int32: where the copy of a row is in ``room``; -1: nowhere."""
+    room: _Room
 
 
 class RowSnapshot:
@@ -64,18 +97,28 @@ class RowSnapshot:
     """
 
     def __init__(self, optimizer: SparseCPUAdam, budget: int | None = None) -> None:
-        self._budget, self._used, self._most_used = budget, 0, 0
+        self._beside_training = budget is not None
+        self._budget, self._most_used = budget or 0, 0
         self._changed = threading.Condition()
         self._closed = False
         self._tables: dict[str, tuple[PartiallyOffloadedTensor, _OfTable]] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._rooms: dict[tuple, _Room] = {}
+        planes = {table.name: optimizer.saved_planes(table) for table in optimizer.tables()}
+        owned = Counter()
         for table in optimizer.tables():
-            planes = optimizer.saved_planes(table)
-            row_bytes = max(plane[:1].numel() * plane.element_size() for plane in planes.values())
-            blocks = pieces(table.owned, row_bytes, _BLOCK_BYTES)
+            owned[_layout(planes[table.name])] += table.owned.stop - table.owned.start
+        for table in optimizer.tables():
+            kinds = planes[table.name]
+            layout = _layout(kinds)
+            if layout not in self._rooms:
+                self._rooms[layout] = _Room(kinds, min(self._budget // _row_bytes(kinds), owned[layout]))
+            blocks = pieces(table.owned, max(_row_bytes({kind: plane}) for kind, plane in kinds.items()), _BLOCK_BYTES)
             unread = torch.zeros(table.rows, dtype=torch.bool)
             unread[table.owned] = True
-            self._tables[table.name] = (table, _OfTable(planes, blocks, unread))
-            if budget is not None:
+            place = torch.full((table.rows,), -1, dtype=torch.int32)
+            self._tables[table.name] = (table, _OfTable(kinds, blocks, unread, place, self._rooms[layout]))
+            if self._beside_training:
                 table.before_change = self.preserve
 
     def blocks(self) -> Iterator[Block]:
@@ -94,16 +137,23 @@ class RowSnapshot:
         return self._most_used
 
     def take(self, block: Block) -> dict[str, Tensor]:
-        """A block's rows as they were, by kind; from now on they may change."""
+        """A block's rows as they were, by kind, until the next is taken; from now on they may change."""
         part = self._tables[block.table.name][1]
+        if not self._beside_training:
+            return {kind: plane[block.rows] for kind, plane in part.planes.items()}
+        # What changes meanwhile was copied before, and is put right below.
+        found = {kind: self._buffer(kind, plane[block.rows]) for kind, plane in part.planes.items()}
         with self._changed:
-            found = {kind: plane[block.rows].clone() for kind, plane in part.planes.items()}
             part.unread[block.rows] = False
-            for kept in part.kept.pop(block.rows.start, []):
-                for kind, copy in kept.copies.items():
-                    found[kind][kept.rows - block.rows.start] = copy
-                self._used -= kept.nbytes
             self._changed.notify_all()
+        place = part.place[block.rows]
+        rows = (place >= 0).nonzero().flatten()
+        if rows.numel():
+            places = place[rows].long()
+            part.room.bring(places, found, rows)
+            with self._changed:
+                part.room.give_back(places)
+                self._changed.notify_all()
         return found
 
     def preserve(self, table: PartiallyOffloadedTensor, rows: Tensor | slice, beat: Callable[[], None]) -> None:
@@ -128,24 +178,36 @@ class RowSnapshot:
             self._closed = True
             for table, part in self._tables.values():
                 table.before_change = None
-                part.kept.clear()
                 part.unread.fill_(False)
+            for room in self._rooms.values():
+                room.close()
+            self._buffers.clear()
             self._changed.notify_all()
+
+    def _buffer(self, kind: str, rows: Tensor) -> Tensor:
+        """A copy of these rows in memory that was in use before."""
+        buffer = self._buffers.get(kind)
+        if buffer is None or buffer.dtype != rows.dtype or buffer.numel() < rows.numel():
+            buffer = self._buffers[kind] = torch.empty(rows.numel(), dtype=rows.dtype)
+        return buffer[: rows.numel()].view(rows.shape).copy_(rows)
+
+    def _used(self) -> int:
+        return sum(room.used * room.row_bytes for room in self._rooms.values())
 
     def _affordable(self, part: _OfTable, rows: Tensor) -> Tensor:
         """Those of the rows that may be copied now. The last ones first: they would wait for the longest time."""
-        row_bytes = 8 + sum(plane[:1].numel() * plane.element_size() for plane in part.planes.values())
-        count = rows.numel() if self._budget is None else max(0, self._budget - self._used) // row_bytes
-        return rows.sort().values[rows.numel() - min(count, rows.numel()) :]
+        count = min(rows.numel(), (self._budget - self._used()) // part.room.row_bytes)
+        return rows.sort().values[rows.numel() - count :]
 
     def _copy(self, part: _OfTable, rows: Tensor) -> None:
-        """Keep rows, which ascend, by their blocks."""
-        ends = torch.searchsorted(rows, torch.tensor([block.stop for block in part.blocks])).tolist()
-        for block, first, last in zip(part.blocks, [0, *ends], ends, strict=False):
-            if first < last:
-                own = rows[first:last].clone()
-                kept = _Kept(own, {kind: plane.index_select(0, own) for kind, plane in part.planes.items()})
-                part.kept.setdefault(block.start, []).append(kept)
-                self._used += kept.nbytes
-        self._most_used = max(self._most_used, self._used)
+        part.place[rows] = part.room.keep(part.planes, rows).int()
         part.unread[rows] = False
+        self._most_used = max(self._most_used, self._used())
+
+
+def _row_bytes(planes: dict[str, Tensor]) -> int:
+    return sum(plane[:1].numel() * plane.element_size() for plane in planes.values())
+
+
+def _layout(planes: dict[str, Tensor]) -> tuple:
+    return tuple((kind, plane.shape[1:], plane.dtype) for kind, plane in planes.items())

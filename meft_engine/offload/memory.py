@@ -71,6 +71,17 @@ def host_zeros(
     return tensor
 
 
+def host_room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Addresses for a tensor, which take memory where they are first written to; zeros until then."""
+    elements = math.prod(shape)
+    if elements == 0:
+        return torch.empty(shape, dtype=dtype)
+    mapping = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=dtype, count=elements).view(*shape)
+
+
 def advise_huge_pages(mapping: mmap.mmap, start: int, length: int) -> None:
     """Ask for large pages inside a range; beyond its ends they would bring memory along that nobody uses."""
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -20,11 +20,13 @@ WIDTH, ROWS = 5, 103
 NO_END = 1 << 40
 
 
-def make(dtype: torch.dtype, moments: torch.dtype = torch.float32) -> tuple[list, SparseCPUAdam]:
+def make(
+    dtype: torch.dtype, moments: torch.dtype = torch.float32, widths: tuple[int, int] = (WIDTH, WIDTH)
+) -> tuple[list, SparseCPUAdam]:
     tables = []
-    for name in ("keys", "values"):
-        table = PartiallyOffloadedTensor(name, ROWS, WIDTH, device="cpu", compute_dtype=dtype, resident=False)
-        table.fill(torch.randn(ROWS, WIDTH))
+    for name, width in zip(("keys", "values"), widths, strict=True):
+        table = PartiallyOffloadedTensor(name, ROWS, width, device="cpu", compute_dtype=dtype, resident=False)
+        table.fill(torch.randn(ROWS, width))
         tables.append(table)
     optimizer = SparseCPUAdam(tables, lr=0.1, weight_decay=0.1, moments_dtype=moments)
     step(tables, optimizer)
@@ -35,7 +37,7 @@ def step(tables: list, optimizer: SparseCPUAdam, share: float = 0.4) -> None:
     for table in tables:
         rows = (torch.rand(ROWS) < share).nonzero().flatten()
         rows = rows[torch.randperm(len(rows))]
-        table.accumulate(rows, torch.randn(len(rows), WIDTH))
+        table.accumulate(rows, torch.randn(len(rows), table.width))
     optimizer.step()
     optimizer.zero_grad()
 
@@ -62,7 +64,7 @@ class Reader:
     def take(self, count: int = 10**9) -> None:
         for block in self.blocks[:count]:
             for kind, rows in self.snapshot.take(block).items():
-                self.found.setdefault(f"{block.table.name}/{kind}", []).append(rows)
+                self.found.setdefault(f"{block.table.name}/{kind}", []).append(rows.clone())
         del self.blocks[:count]
 
     def equals(self, expected: dict[str, Tensor]) -> bool:
@@ -88,7 +90,7 @@ def test_steps_between_any_two_blocks_change_nothing_of_it(dtype, moments):
         reader.take(draw.randrange(3))
     assert reader.equals(before)
     assert not reader.equals(state(tables, optimizer)), "the steps must have changed rows"
-    assert snapshot._used == 0 and snapshot.most_copied > 0
+    assert snapshot._used() == 0 and snapshot.most_copied > 0
 
 
 def test_a_row_is_copied_once_and_not_after_it_was_read():
@@ -96,14 +98,31 @@ def test_a_row_is_copied_once_and_not_after_it_was_read():
     snapshot = RowSnapshot(optimizer, NO_END)
     reader = Reader(snapshot)
     step(tables, optimizer, share=1.1)
-    # Of each row: its number, a master, two moments and a step.
-    whole = 2 * ROWS * (8 + 3 * 4 * WIDTH + 4)
+    # Of each row: a master, two moments and a step.
+    whole = 2 * ROWS * (3 * 4 * WIDTH + 4)
     assert snapshot.most_copied == whole
     step(tables, optimizer, share=1.1)
     assert snapshot.most_copied == whole
     reader.take()
     step(tables, optimizer, share=1.1)
-    assert snapshot._used == 0 and snapshot.most_copied == whole
+    assert snapshot._used() == 0 and snapshot.most_copied == whole
+
+
+def test_memory_of_copies_is_used_again_and_given_back():
+    tables, optimizer = make(torch.float32)
+    snapshot = RowSnapshot(optimizer, NO_END)
+    reader = Reader(snapshot)
+    while reader.blocks:
+        step(tables, optimizer, share=0.2)
+        reader.take(1)
+    (room,) = snapshot._rooms.values()
+    places = room._free.unique()
+    assert torch.equal(places, torch.arange(2 * ROWS)), "each place is free once"
+    copies = room._copies["compute"]
+    touched = (copies != 0).any(dim=1).sum() * room.row_bytes
+    assert 0 < touched == snapshot.most_copied, "places that were used before come first"
+    snapshot.close()
+    assert not room._copies
 
 
 def test_rows_that_are_written_by_hand_are_kept_too():
@@ -122,7 +141,7 @@ def test_beyond_its_budget_an_update_waits_for_the_reader(budget):
     before = state(tables, optimizer)
     snapshot = RowSnapshot(optimizer, budget)
     reader = Reader(snapshot)
-    updates = threading.Thread(target=lambda: [step(tables, optimizer, share=0.9) for _ in range(3)])
+    updates = threading.Thread(daemon=True, target=lambda: [step(tables, optimizer, share=0.9) for _ in range(3)])
     updates.start()
     time.sleep(0.2)
     assert updates.is_alive(), "the update must wait"
@@ -148,18 +167,21 @@ def test_waiting_gives_signs_of_life_and_ends_when_the_snapshot_is_given_up():
     assert all(table.before_change is None for table in tables)
 
 
+@pytest.mark.parametrize("widths", [(WIDTH, WIDTH), (3, 7)])
 @pytest.mark.parametrize("budget", [2000, NO_END])
-def test_a_reader_and_updates_at_full_speed(budget):
-    """Many times, so that they meet in every way."""
+def test_a_reader_and_updates_at_full_speed(budget, widths):
+    """Many times, so that they meet in every way; tables of different widths share the budget, but no copies."""
     for _ in range(20):
-        tables, optimizer = make(torch.bfloat16)
+        tables, optimizer = make(torch.bfloat16, widths=widths)
         before = state(tables, optimizer)
         snapshot = RowSnapshot(optimizer, budget)
         reader = Reader(snapshot)
-        updates = threading.Thread(target=train, args=(tables, optimizer))
+        updates = threading.Thread(target=train, args=(tables, optimizer), daemon=True)
         updates.start()
         reader.take()
-        updates.join()
+        updates.join(timeout=60)
+        assert not updates.is_alive()
+        assert snapshot._used() == 0 and snapshot.most_copied <= budget
         snapshot.close()
         assert reader.equals(before)
 
