@@ -37,16 +37,24 @@ def host_bytes_needed(
     return elements * compute_dtype.itemsize + own
 
 
-def require_host_memory(needed: int, config: MeftConfig, layers: int) -> None:
-    """Refuse what does not fit.
+def snapshot_bytes_needed(config: MeftConfig, needed: int, ranks_of_node: int) -> int:
+    """Bytes of a node's host memory for copies of rows during saves in the background, where the block says how many;
+    never more than the rows take (``needed``)."""
+    saving = config.checkpoint
+    return min(needed, ranks_of_node * saving.snapshot_bytes) if saving.async_save and saving.snapshot_bytes else 0
+
+
+def require_host_memory(needed: int, config: MeftConfig, layers: int, *, copies: int = 0) -> None:
+    """Refuse what does not fit: ``needed`` bytes for rows and ``copies`` of them during saves.
 
     Raises:
         MeftConfigError: with the bytes needed, the bytes available and the number of rows that would fit.
     """
     available = psutil.virtual_memory().available
-    if needed > available:
-        fitting = config.adapter.rows * available // needed
+    if needed + copies > available:
+        fitting = config.adapter.rows * max(0, available - copies) // needed
+        besides = f" besides {copies / _GIB:.1f} GiB for checkpoint.snapshot_bytes" if copies else ""
         raise MeftConfigError(
-            f"adapter.rows = {config.adapter.rows} in {layers} layers needs {needed / _GIB:.1f} GiB of host memory, "
-            f"and {available / _GIB:.1f} GiB are available; at most about {fitting} rows would fit"
+            f"adapter.rows = {config.adapter.rows} in {layers} layers needs {needed / _GIB:.1f} GiB of host memory"
+            f"{besides}, and {available / _GIB:.1f} GiB are available; at most about {fitting} rows would fit"
         )

@@ -25,7 +25,7 @@ from meft_engine.cores import rank_cores
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.parallel.ranks import Ranks
 from meft_engine.parallel.sharding import Sharding, TablePlan
-from meft_engine.planner import host_bytes_needed, require_host_memory
+from meft_engine.planner import host_bytes_needed, require_host_memory, snapshot_bytes_needed
 from meft_engine.zero_parameters import full_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -115,7 +115,8 @@ def attach(
         )
         for ffn in ffns
     )
-    require_host_memory(needed, config, len(ffns))
+    copies = snapshot_bytes_needed(config, needed, len(ranks.node)) if trainable else 0
+    require_host_memory(needed, config, len(ffns), copies=copies)
     sharding = _shard(ffns, config, compute_dtype, device, ranks) if ranks.size > 1 else None
 
     base_parameters = sum(math.prod(full_shape(p)) for p in model.parameters())

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from meft_engine.checkpoint import adapter_files, folders, parameter_state, random_state, shards
 from meft_engine.checkpoint.saved_adapter import CONFIG_FILE, PARAMETERS, SHARED_FILE
-from meft_engine.checkpoint.snapshot import RowSnapshot
+from meft_engine.checkpoint.snapshot import RowSnapshot, SnapshotMemory
 from meft_engine.checkpoint.tensor_files import WrittenFile, write_tensors
 from meft_engine.parallel.ranks import Ranks
 
@@ -68,8 +68,8 @@ class CheckpointSaver:
 
     Args:
         engine: whose rows and ranks are saved. background: go on training while rows are written.
-        snapshot_bytes: of copies of rows that change meanwhile; ``None``: a quarter of the memory that is free now,
-            divided among the ranks of the node.
+        snapshot_bytes: of copies of rows that change meanwhile, taken now; ``None``: a quarter of the memory that is
+            free, divided among the ranks of the node.
         keep_last: how many whole checkpoints stay; ``None``: all.
     """
 
@@ -78,11 +78,11 @@ class CheckpointSaver:
     ) -> None:
         self._engine, self._keep_last = engine, keep_last
         self._ranks = _of_its_own(engine.ranks) if background else engine.ranks
-        self._budget = None
+        self._memory = None
         if background:
             ours = psutil.virtual_memory().available // (4 * len(engine.ranks.node))
-            self._budget = snapshot_bytes or ours
-            logger.info("checkpoint.snapshot_bytes = %d of this rank", self._budget)
+            self._memory = SnapshotMemory(engine.row_optimizer, snapshot_bytes or ours)
+            logger.info("%.2f GiB for copies of rows during a save (snapshot_bytes)", self._memory.nbytes / 2**30)
         self._thread: threading.Thread | None = None
         self._failure: CheckpointSaveError | None = None
         self.most_copied = 0
@@ -112,7 +112,7 @@ class CheckpointSaver:
         except BaseException:
             self._give_up(folder)
             raise
-        if self._budget is None:
+        if self._memory is None:
             self._finish_save(save, engine.ranks)
             return
         # Not a daemon: a script that ends first waits for it.
@@ -141,10 +141,11 @@ class CheckpointSaver:
         self.check()
 
     def close(self) -> None:
-        """Finish, and leave the ranks' group."""
+        """Finish, leave the ranks' group and give the memory for copies back."""
         try:
             self.finish()
         finally:
+            self._memory = None
             if self._ranks is not self._engine.ranks and self._ranks.size > 1 and dist.is_initialized():
                 dist.destroy_process_group(self._ranks.group)
 
@@ -169,7 +170,7 @@ class CheckpointSaver:
         return _Save(
             folder=folder,
             save_latest=save_latest,
-            snapshot=RowSnapshot(optimizer, self._budget),
+            snapshot=RowSnapshot(optimizer, self._memory),
             random_state=random_state.capture(),
             shared=shared,
             shared_metadata={"groups": json.dumps(optimizer.groups_of_tables())},

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meft_engine.offload.memory import host_room, pieces
+from meft_engine.offload.memory import host_zeros, pieces
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 
@@ -31,21 +31,27 @@ class Block(NamedTuple):
 
 
 class _Room:
-    """Places for copies of rows, shared by all tables whose rows look alike.
-
-    They are used again and again, lately used ones first: memory that is new to a process costs several times as much
-    as the copy itself.
-    """
+    """Places for copies of rows of all tables whose rows look alike."""
 
     def __init__(self, planes: dict[str, Tensor], places: int) -> None:
-        self._copies = {kind: host_room((places, *plane.shape[1:]), plane.dtype) for kind, plane in planes.items()}
+        self._copies = {kind: host_zeros((places, *plane.shape[1:]), plane.dtype) for kind, plane in planes.items()}
         self.row_bytes = _row_bytes(planes)
-        self._free = torch.arange(places).flip(0)  # a stack
+        self.clear()
+
+    @property
+    def left(self) -> int:
+        """How many rows there is room for."""
+        return len(self._free) - self.used
+
+    def clear(self) -> None:
+        """Forget all copies."""
+        places = min(map(len, self._copies.values()), default=0)
+        self._free = torch.arange(places).flip(0)  # a stack: places that were used lately come first
         self.used = 0
 
     def keep(self, planes: dict[str, Tensor], rows: Tensor) -> Tensor:
         """Copy rows; gives their places [n] int64, ascending."""
-        places = self._free[len(self._free) - self.used - len(rows) : len(self._free) - self.used].sort().values
+        places = self._free[self.left - len(rows) : self.left].sort().values
         self.used += len(rows)
         ends = (places.diff() != 1).nonzero().flatten() + 1
         # Into one run of places after the other, which is as fast as memory is.
@@ -62,14 +68,47 @@ class _Room:
 
     def give_back(self, places: Tensor) -> None:
         """Places whose copies have been read."""
+        self._free[self.left : self.left + len(places)] = places
         self.used -= len(places)
-        end = len(self._free) - self.used
-        self._free[end - len(places) : end] = places
 
-    def close(self) -> None:
-        """Forget all copies, and give their memory back."""
-        self._copies.clear()
-        self.used = 0
+
+class SnapshotMemory:
+    """Memory for copies of rows, which one snapshot after the other uses.
+
+    It is taken at once, and not when the first row is copied: memory that is new to a process costs several times as
+    much time as a copy, which updates would wait for, and it could run out in the middle of a training.
+
+    Args:
+        optimizer: whose rows are copied. budget: bytes; never more than all rows take.
+    """
+
+    def __init__(self, optimizer: SparseCPUAdam, budget: int) -> None:
+        planes, rows = {}, Counter()
+        for table in optimizer.tables():
+            kinds = optimizer.saved_planes(table)
+            planes[_layout(kinds)] = kinds
+            rows[_layout(kinds)] += table.owned.stop - table.owned.start
+        share = min(1.0, budget / max(1, sum(count * _row_bytes(planes[layout]) for layout, count in rows.items())))
+        self._rooms = {layout: _Room(planes[layout], int(share * count)) for layout, count in rows.items()}
+
+    def room_for(self, planes: dict[str, Tensor]) -> _Room:
+        """Where rows like these are copied to."""
+        return self._rooms[_layout(planes)]
+
+    @property
+    def used(self) -> int:
+        """Bytes."""
+        return sum(room.used * room.row_bytes for room in self._rooms.values())
+
+    @property
+    def nbytes(self) -> int:
+        """In all."""
+        return sum((room.used + room.left) * room.row_bytes for room in self._rooms.values())
+
+    def clear(self) -> None:
+        """Forget all copies."""
+        for room in self._rooms.values():
+            room.clear()
 
 
 @dataclass
@@ -82,7 +121,7 @@ class _OfTable:
     """[r] bool: rows of this rank that are neither read nor copied."""
     place: Tensor
     """[r] int32: where the copy of a row is in ``room``; -1: nowhere."""
-    room: _Room
+    room: _Room | None
 
 
 class RowSnapshot:
@@ -90,35 +129,27 @@ class RowSnapshot:
 
     Args:
         optimizer: of the rows, which are up to date.
-        budget: bytes of copies at a time; ``None``: nothing changes until all is read.
+        memory: for copies; ``None``: nothing changes until all is read.
 
     Rows are read by :meth:`take`, by one thread and in the order of :meth:`blocks`. Whoever changes rows meanwhile
     calls :meth:`preserve` first, which the tables see to.
     """
 
-    def __init__(self, optimizer: SparseCPUAdam, budget: int | None = None) -> None:
-        self._beside_training = budget is not None
-        self._budget, self._most_used = budget or 0, 0
+    def __init__(self, optimizer: SparseCPUAdam, memory: SnapshotMemory | None = None) -> None:
+        self._memory, self._most_used = memory, 0
         self._changed = threading.Condition()
         self._closed = False
         self._tables: dict[str, tuple[PartiallyOffloadedTensor, _OfTable]] = {}
         self._buffers: dict[str, Tensor] = {}
-        self._rooms: dict[tuple, _Room] = {}
-        planes = {table.name: optimizer.saved_planes(table) for table in optimizer.tables()}
-        owned = Counter()
         for table in optimizer.tables():
-            owned[_layout(planes[table.name])] += table.owned.stop - table.owned.start
-        for table in optimizer.tables():
-            kinds = planes[table.name]
-            layout = _layout(kinds)
-            if layout not in self._rooms:
-                self._rooms[layout] = _Room(kinds, min(self._budget // _row_bytes(kinds), owned[layout]))
-            blocks = pieces(table.owned, max(_row_bytes({kind: plane}) for kind, plane in kinds.items()), _BLOCK_BYTES)
+            planes = optimizer.saved_planes(table)
+            blocks = pieces(table.owned, max(_row_bytes({kind: plane}) for kind, plane in planes.items()), _BLOCK_BYTES)
             unread = torch.zeros(table.rows, dtype=torch.bool)
             unread[table.owned] = True
             place = torch.full((table.rows,), -1, dtype=torch.int32)
-            self._tables[table.name] = (table, _OfTable(kinds, blocks, unread, place, self._rooms[layout]))
-            if self._beside_training:
+            room = memory.room_for(planes) if memory is not None else None
+            self._tables[table.name] = (table, _OfTable(planes, blocks, unread, place, room))
+            if memory is not None:
                 table.before_change = self.preserve
 
     def blocks(self) -> Iterator[Block]:
@@ -139,7 +170,7 @@ class RowSnapshot:
     def take(self, block: Block) -> dict[str, Tensor]:
         """A block's rows as they were, by kind, until the next is taken; from now on they may change."""
         part = self._tables[block.table.name][1]
-        if not self._beside_training:
+        if self._memory is None:
             return {kind: plane[block.rows] for kind, plane in part.planes.items()}
         # What changes meanwhile was copied before, and is put right below.
         found = {kind: self._buffer(kind, plane[block.rows]) for kind, plane in part.planes.items()}
@@ -179,8 +210,8 @@ class RowSnapshot:
             for table, part in self._tables.values():
                 table.before_change = None
                 part.unread.fill_(False)
-            for room in self._rooms.values():
-                room.close()
+            if self._memory is not None:
+                self._memory.clear()
             self._buffers.clear()
             self._changed.notify_all()
 
@@ -191,18 +222,15 @@ class RowSnapshot:
             buffer = self._buffers[kind] = torch.empty(rows.numel(), dtype=rows.dtype)
         return buffer[: rows.numel()].view(rows.shape).copy_(rows)
 
-    def _used(self) -> int:
-        return sum(room.used * room.row_bytes for room in self._rooms.values())
-
-    def _affordable(self, part: _OfTable, rows: Tensor) -> Tensor:
+    @staticmethod
+    def _affordable(part: _OfTable, rows: Tensor) -> Tensor:
         """Those of the rows that may be copied now. The last ones first: they would wait for the longest time."""
-        count = min(rows.numel(), (self._budget - self._used()) // part.room.row_bytes)
-        return rows.sort().values[rows.numel() - count :]
+        return rows.sort().values[max(0, rows.numel() - part.room.left) :]
 
     def _copy(self, part: _OfTable, rows: Tensor) -> None:
         part.place[rows] = part.room.keep(part.planes, rows).int()
         part.unread[rows] = False
-        self._most_used = max(self._most_used, self._used())
+        self._most_used = max(self._most_used, self._memory.used)
 
 
 def _row_bytes(planes: dict[str, Tensor]) -> int:

@@ -55,9 +55,11 @@ def host_zeros(
         present: the only rows that will be used, which are the only ones to take memory; the others are addresses.
     """
     elements = math.prod(shape)
+    if elements == 0:
+        return torch.zeros(shape, dtype=dtype)
     skew = next(_SKEWS)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if present is None else _NO_RESERVE)
-    mapping = Mapping(-1, skew + max(1, elements * dtype.itemsize), flags=flags)
+    mapping = Mapping(-1, skew + elements * dtype.itemsize, flags=flags)
     tensor = torch.frombuffer(mapping, dtype=dtype, count=elements, offset=skew).view(*shape)
     part = tensor if present is None else tensor[present]
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -69,17 +71,6 @@ def host_zeros(
     if pin_memory and torch.cuda.is_available():
         pin(mapping, tensor.data_ptr() - skew)
     return tensor
-
-
-def host_room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Addresses for a tensor, which take memory where they are first written to; zeros until then."""
-    elements = math.prod(shape)
-    if elements == 0:
-        return torch.empty(shape, dtype=dtype)
-    mapping = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=dtype, count=elements).view(*shape)
 
 
 def advise_huge_pages(mapping: mmap.mmap, start: int, length: int) -> None:

@@ -13,9 +13,9 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from meft_engine.adapter import attach as attach_module
 from meft_engine.adapter.attach import AttachedAdapters, attach
 from meft_engine.adapter.discover import find_ffns
-from meft_engine.config import MeftConfigError
+from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.param_groups import freeze_base
-from meft_engine.planner import host_bytes_needed
+from meft_engine.planner import host_bytes_needed, snapshot_bytes_needed
 from tests.families import ODD_WIDTH, fill_values, keys_from, tiny_config, tiny_llama, token_ids
 
 ALL = [f"model.layers.{i}.mlp" for i in range(3)]
@@ -177,6 +177,23 @@ def test_too_little_host_memory_is_refused_before_anything_is_allocated(monkeypa
         assert (total <= available) == fits
     assert "meft" not in model.__dict__ and not any("meft" in name for name, _ in model.named_modules())
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_memory_for_copies_during_saves_counts_too(monkeypatch):
+    """In the background alone, of every rank of the node, and never for more than all rows."""
+    model, block = tiny_llama(), tiny_config()
+    needed = host_bytes_needed(block, 3, 32, compute_dtype=torch.float32, trainable=True)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=needed + (1 << 16)))
+
+    def config(**checkpoint) -> MeftConfig:
+        return tiny_config(checkpoint=checkpoint)
+
+    assert snapshot_bytes_needed(config(async_save=True, snapshot_bytes=9), needed, 3) == 27
+    assert snapshot_bytes_needed(config(async_save=True, snapshot_bytes=1 << 50), needed, 3) == needed
+    too_much = config(async_save=True, snapshot_bytes=1 << 17)
+    with pytest.raises(MeftConfigError, match=r"needs .* GiB of host memory besides 0\.0 GiB for checkpoint\.snapshot"):
+        attach(model, too_much, compute_dtype=torch.float32)
+    attach(model, config(async_save=False, snapshot_bytes=1 << 17), compute_dtype=torch.float32)
 
 
 def test_a_deep_copy_is_refused_with_a_sentence():

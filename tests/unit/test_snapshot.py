@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meft_engine.checkpoint import snapshot as module
-from meft_engine.checkpoint.snapshot import RowSnapshot
+from meft_engine.checkpoint.snapshot import RowSnapshot, SnapshotMemory
 from meft_engine.offload.memory import pieces
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.optim.sparse_adam import SparseCPUAdam
@@ -82,7 +82,7 @@ def _small_blocks(monkeypatch) -> None:
 def test_steps_between_any_two_blocks_change_nothing_of_it(dtype, moments):
     tables, optimizer = make(dtype, moments)
     before = state(tables, optimizer)
-    snapshot = RowSnapshot(optimizer, NO_END)
+    snapshot = RowSnapshot(optimizer, SnapshotMemory(optimizer, NO_END))
     reader = Reader(snapshot)
     draw = random.Random(3)
     while reader.blocks:
@@ -90,12 +90,12 @@ def test_steps_between_any_two_blocks_change_nothing_of_it(dtype, moments):
         reader.take(draw.randrange(3))
     assert reader.equals(before)
     assert not reader.equals(state(tables, optimizer)), "the steps must have changed rows"
-    assert snapshot._used() == 0 and snapshot.most_copied > 0
+    assert snapshot._memory.used == 0 and snapshot.most_copied > 0
 
 
 def test_a_row_is_copied_once_and_not_after_it_was_read():
     tables, optimizer = make(torch.float32)
-    snapshot = RowSnapshot(optimizer, NO_END)
+    snapshot = RowSnapshot(optimizer, SnapshotMemory(optimizer, NO_END))
     reader = Reader(snapshot)
     step(tables, optimizer, share=1.1)
     # Of each row: a master, two moments and a step.
@@ -105,30 +105,42 @@ def test_a_row_is_copied_once_and_not_after_it_was_read():
     assert snapshot.most_copied == whole
     reader.take()
     step(tables, optimizer, share=1.1)
-    assert snapshot._used() == 0 and snapshot.most_copied == whole
+    assert snapshot._memory.used == 0 and snapshot.most_copied == whole
 
 
-def test_memory_of_copies_is_used_again_and_given_back():
+def test_memory_of_copies_is_used_again():
     tables, optimizer = make(torch.float32)
-    snapshot = RowSnapshot(optimizer, NO_END)
+    memory = SnapshotMemory(optimizer, NO_END)
+    assert memory.nbytes == 2 * ROWS * (3 * 4 * WIDTH + 4), "never more than the rows take"
+    snapshot = RowSnapshot(optimizer, memory)
     reader = Reader(snapshot)
     while reader.blocks:
         step(tables, optimizer, share=0.2)
         reader.take(1)
-    (room,) = snapshot._rooms.values()
+    (room,) = memory._rooms.values()
     places = room._free.unique()
     assert torch.equal(places, torch.arange(2 * ROWS)), "each place is free once"
     copies = room._copies["compute"]
     touched = (copies != 0).any(dim=1).sum() * room.row_bytes
     assert 0 < touched == snapshot.most_copied, "places that were used before come first"
     snapshot.close()
-    assert not room._copies
+
+    given_up = RowSnapshot(optimizer, memory)
+    step(tables, optimizer)
+    assert memory.used > 0
+    given_up.close()
+    assert memory.used == 0
+    before = state(tables, optimizer)
+    reader = Reader(RowSnapshot(optimizer, memory))
+    step(tables, optimizer)
+    reader.take()
+    assert reader.equals(before)
 
 
 def test_rows_that_are_written_by_hand_are_kept_too():
     tables, optimizer = make(torch.bfloat16)
     before = state(tables, optimizer)
-    reader = Reader(RowSnapshot(optimizer, NO_END))
+    reader = Reader(RowSnapshot(optimizer, SnapshotMemory(optimizer, NO_END)))
     tables[0].write(torch.tensor([0, 50, 102]), torch.ones(3, WIDTH))
     tables[1].fill(torch.zeros(ROWS, WIDTH))
     reader.take()
@@ -139,7 +151,7 @@ def test_rows_that_are_written_by_hand_are_kept_too():
 def test_beyond_its_budget_an_update_waits_for_the_reader(budget):
     tables, optimizer = make(torch.float32)
     before = state(tables, optimizer)
-    snapshot = RowSnapshot(optimizer, budget)
+    snapshot = RowSnapshot(optimizer, SnapshotMemory(optimizer, budget))
     reader = Reader(snapshot)
     updates = threading.Thread(daemon=True, target=lambda: [step(tables, optimizer, share=0.9) for _ in range(3)])
     updates.start()
@@ -155,7 +167,7 @@ def test_beyond_its_budget_an_update_waits_for_the_reader(budget):
 
 def test_waiting_gives_signs_of_life_and_ends_when_the_snapshot_is_given_up():
     tables, optimizer = make(torch.float32)
-    snapshot = RowSnapshot(optimizer, 1)
+    snapshot = RowSnapshot(optimizer, SnapshotMemory(optimizer, 1))
     beats = []
     waiting = threading.Thread(target=lambda: tables[0].about_to_change(torch.tensor([7]), lambda: beats.append(1)))
     waiting.start()
@@ -174,14 +186,14 @@ def test_a_reader_and_updates_at_full_speed(budget, widths):
     for _ in range(20):
         tables, optimizer = make(torch.bfloat16, widths=widths)
         before = state(tables, optimizer)
-        snapshot = RowSnapshot(optimizer, budget)
+        snapshot = RowSnapshot(optimizer, SnapshotMemory(optimizer, budget))
         reader = Reader(snapshot)
         updates = threading.Thread(target=train, args=(tables, optimizer), daemon=True)
         updates.start()
         reader.take()
         updates.join(timeout=60)
         assert not updates.is_alive()
-        assert snapshot._used() == 0 and snapshot.most_copied <= budget
+        assert snapshot._memory.used == 0 and snapshot.most_copied <= budget
         snapshot.close()
         assert reader.equals(before)
 
