@@ -48,7 +48,8 @@ class RowSource(Protocol):
         """What there is of a table, by kind; for shapes and types, not for what is in it."""
 
     def take(self, block: Block) -> Mapping[str, Tensor]:
-        """A block's rows by kind, in the order of :meth:`kinds`; each is taken once, in the order of the blocks."""
+        """A block's rows by kind, in the order of :meth:`kinds`; each is taken once, in the order of the blocks, and is
+        only good until the next is taken."""
 
 
 def write_rows(snapshot: RowSource, random_state: Mapping[str, Tensor], path: Path) -> WrittenFile:

@@ -21,6 +21,8 @@ from meft_engine.parallel.lifeline import EXIT_CODE, Lifeline, RankLostError, li
 ROOT = Path(__file__).resolve().parents[2]
 # Long enough that a rank is not taken for a lost one because a busy machine does not let it run.
 TIMEOUT = 4.0
+# Silence counts after 0.7 of it; what was waited is read on the rank's own clock, a little later where it is busy.
+SOON, LATE = 0.6 * TIMEOUT, 1.25 * TIMEOUT
 TOKEN = "the token of this job"
 END = "; stopping. The last checkpoint is as it was written."
 
@@ -140,7 +142,7 @@ def test_ranks_that_die_together_are_all_named(job: Job) -> None:
 
 
 @pytest.mark.parametrize("lost", [[0], [1, 2]])
-def test_ranks_that_are_stopped_are_named_within_the_timeout(job: Job, lost: list[int]) -> None:
+def test_ranks_that_are_stopped_are_named(job: Job, lost: list[int]) -> None:
     job.start(*[BLOCKED] * (len(lost) + 2))
     others = [rank for rank in job.ranks if rank not in lost]
     job.signal(signal.SIGSTOP, *lost)
@@ -150,7 +152,7 @@ def test_ranks_that_are_stopped_are_named_within_the_timeout(job: Job, lost: lis
         assert len(named) == len(lost)
         for rank, line in zip(lost, named, strict=True):
             silent = said_for(line, f"rank {rank} (host h{rank}) has given no sign of life for ")
-            assert 0.5 * TIMEOUT < silent < 2 * TIMEOUT
+            assert SOON < silent < LATE
 
 
 def test_all_ranks_stopped_at_once_go_on_together(job: Job) -> None:
@@ -180,7 +182,7 @@ def test_training_thread_that_hangs_is_named(job: Job, lost: int) -> None:
     assert job.codes(0, 1, 2) == [EXIT_CODE] * 3
     (verdict,) = job.verdicts(0, 1, 2)
     waited = said_for(verdict, f"rank {lost} (host h{lost}) has not come beyond (1, 3) for ")
-    assert 0.5 * TIMEOUT < waited < 2 * TIMEOUT
+    assert SOON < waited < LATE
     assert verdict.endswith("while others wait for it at (2, 0)") and "; " not in verdict
 
 
@@ -326,7 +328,7 @@ def test_rank_that_never_connects_is_named(job: Job) -> None:
     assert job.codes(0, 2) == [EXIT_CODE] * 2
     (verdict,) = job.verdicts(0, 2)
     waited = said_for(verdict, "rank 1 (host h1) has not connected to rank 0 (host h0) for ")
-    assert 0.5 * TIMEOUT < waited < 2 * TIMEOUT and "; " not in verdict
+    assert SOON < waited < LATE and "; " not in verdict
 
 
 def test_rank_0_that_cannot_be_reached_is_named() -> None:
