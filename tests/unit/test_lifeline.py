@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Long enough that a rank is not taken for a lost one because a busy machine does not let it run.
 TIMEOUT = 4.0
 # Silence counts after 0.7 of it; what was waited is read on the rank's own clock, a little later where it is busy.
-SOON, LATE = 0.6 * TIMEOUT, 1.25 * TIMEOUT
+SOON, LATE = 0.6 * TIMEOUT, 2 * TIMEOUT
 TOKEN = "the token of this job"
 END = "; stopping. The last checkpoint is as it was written."
 
@@ -126,10 +126,10 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_rank_that_is_killed_is_named_at_once(job: Job, lost: int) -> None:
-    job.start(BLOCKED, BLOCKED, BLOCKED, BLOCKED, timeout=15)
+    job.start(BLOCKED, BLOCKED, BLOCKED, BLOCKED, timeout=60)
     others = [rank for rank in range(4) if rank != lost]
     job.signal(signal.SIGKILL, lost)
-    assert job.codes(*others, within=10) == [EXIT_CODE] * 3
+    assert job.codes(*others, within=40) == [EXIT_CODE] * 3
     assert job.verdicts(*others) == {f"rank {lost} (host h{lost}) died"}
 
 
@@ -307,11 +307,11 @@ def test_garbage_from_a_rank_is_passed_over(job: Job) -> None:
 def test_forked_child_does_not_hide_the_death_of_its_rank(job: Job, lost: int) -> None:
     snippets = [BLOCKED] * 3
     snippets[lost] = "print('child', pid, flush=True) if (pid := os.fork()) else None; time.sleep(60)"
-    job.start(*snippets, timeout=15)
+    job.start(*snippets, timeout=60)
     wait_until(lambda: "child" in job.log(lost), 60)
     others = [rank for rank in range(3) if rank != lost]
     job.signal(signal.SIGKILL, lost)
-    assert job.codes(*others, within=10) == [EXIT_CODE] * 2
+    assert job.codes(*others, within=40) == [EXIT_CODE] * 2
     assert job.verdicts(*others) == {f"rank {lost} (host h{lost}) died"}
     os.kill(int(job.log(lost).split()[-1]), 0)  # the child is still there
 
