@@ -6,6 +6,7 @@ that "a token combines its K rows" is an embedding bag, and "a row sums over its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,12 +169,20 @@ def picked_gates(gates: Tensor, selection: Selection) -> Tensor:
 
 
 def gradients(
-    grad_y: Tensor, x: Tensor, scores: Tensor, gates: Tensor, values: RowsAt, keys: RowsAt, selection: Selection
+    grad_y: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    gates: Tensor,
+    values: RowsAt,
+    keys: RowsAt,
+    selection: Selection,
+    room: Callable[[int, int], Tensor] = torch.empty,
 ) -> PickGradients:
     """The way back through ``y_t = Σ_j z_tj B_j``, where ``z_tj = gate · (x_t · A_j)``, over the picks j of token t.
 
     Args:
         grad_y, x: [T, d] float32; scores: [T, K] float32, raw ``x · A_j``; gates: [T, n] float32.
+        room: gives memory for the rows' gradients to those passes that can choose theirs, which these are not.
     """
     of_picks = picked_gates(gates, selection)
     tokens_of_row = _TokensOfRow(selection)

@@ -6,6 +6,8 @@ for as long as C++ reads them: of an address alone it does not know that the mem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -113,7 +115,14 @@ def combine_rows(weights: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
 
 
 def gradients(
-    grad_y: Tensor, x: Tensor, scores: Tensor, gates: Tensor, values: RowsAt, keys: RowsAt, selection: Selection
+    grad_y: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    gates: Tensor,
+    values: RowsAt,
+    keys: RowsAt,
+    selection: Selection,
+    room: Callable[[int, int], Tensor] = torch.empty,
 ) -> PickGradients:
     """As :func:`meft_kernels.sparse.gradients`."""
     (tokens, top_k), (width, per_token) = selection.picks.shape, (x.shape[1], gates.shape[1])
@@ -145,7 +154,7 @@ def gradients(
     )
 
     def of_rows(weights: Tensor, lines: Tensor) -> Tensor:
-        out = torch.empty(active, width)
+        out = room(active, width)
         library().meft_combine_tokens(
             *(active, top_k, width),
             *(address(given, torch.int64) for given in (ends, places)),

@@ -65,7 +65,8 @@ class ApplyRows(torch.autograd.Function):
             values.rows_at(active, values_version, latest=ctx.latest) as value_rows,
             keys.rows_at(active, keys_version, latest=ctx.latest) as key_rows,
         ):
-            found = token_passes(x.device).gradients(grad_y, x, scores, gates, value_rows, key_rows, selection)
+            passes, room = token_passes(x.device), values.room_for_gradients
+            found = passes.gradients(grad_y, x, scores, gates, value_rows, key_rows, selection, room)
         values.accumulate(active, found.values)
         keys.accumulate(active, found.keys)
         return found.x, found.gates, None, None, None, None, None, *(torch.zeros_like(a) for a in anchors)

@@ -413,6 +413,10 @@ class PartiallyOffloadedTensor:
             raise IndexError(f"{self.name} has {self.rows} rows; a gradient names rows {least} to {most}")
         self._gradient.add(rows, grad)
 
+    def room_for_gradients(self, *shape: int) -> Tensor:
+        """An empty float32 tensor on the host, for :meth:`accumulate` to take over."""
+        return self._gradient.memory.empty(*shape)
+
     def gradient(self) -> RowGradient | None:
         """What has been accumulated since the last :meth:`clear_gradient`; ``None`` if nothing."""
         return self._gradient.sum()
