@@ -70,7 +70,7 @@ class _Trained:
     def __init__(self, contestant: Contestant, model_folder: str, text: Tensor) -> None:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         model.train().requires_grad_(False)
         self._base_bytes = _alive_bytes()
         self._contestant, self._text, self._number = contestant, text, 0
@@ -134,7 +134,7 @@ def _engine(contestant: Contestant, model: nn.Module) -> Any:
 
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": contestant.sequences,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": False},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
         "steps_per_print": 10**9,
     }
