@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from meft_engine.cores import rank_cores
-from meft_kernels.cpu import native
+from meft_kernels.cpu import build
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -27,7 +27,7 @@ def last_level_cache() -> int | None:
 def describe(threads: int) -> list[str]:
     """One line for each thing worth knowing, with no name of a machine, user or folder in it."""
     caches = ", ".join(f"{name} {size >> 10:,} KiB" for name, size in _caches()) or "unknown"
-    passes = "compiled for this machine" if native.library() is not None else "PyTorch (could not be compiled)"
+    passes = "compiled for this machine" if build.library() is not None else "PyTorch (could not be compiled)"
     return [
         f"CPU: {_cpu_model()}{', virtual machine' if _virtual() else ''}",
         f"cores: {len(rank_cores())} usable, {threads} threads used",

@@ -1,39 +1,27 @@
 """Chooses the fastest implementation of each kernel that the device and the installation offer.
 
-Routing and applying rows have one, the sparse PyTorch path, which runs on every device. Passes over host tables have
-two: compiled for this machine, or in PyTorch where there is no compiler.
+Passes over tokens and over host tables are there twice: compiled for this machine's CPU, and in PyTorch for every other
+device and where there is no compiler.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from meft_kernels import rows
-from meft_kernels.cpu import native
-from meft_kernels.sparse import (
-    Overflow,
-    Selection,
-    TokensOfRow,
-    combine_rows,
-    route,
-    score_experts,
-    score_picks,
-    select,
-)
+import torch
 
-__all__ = [
-    "Overflow",
-    "Selection",
-    "TokensOfRow",
-    "combine_rows",
-    "route",
-    "row_passes",
-    "score_experts",
-    "score_picks",
-    "select",
-]
+from meft_kernels import rows, sparse
+from meft_kernels.cpu import build, native_rows, native_sparse
+from meft_kernels.sparse import Overflow, PickGradients, RowsAt, Selection
+
+__all__ = ["Overflow", "PickGradients", "RowsAt", "Selection", "row_passes", "token_passes"]
 
 
 def row_passes() -> ModuleType:
     """The module whose ``adam_rows``, ``gather_rows`` and so on are the fastest here; see ``kernels/rows.py``."""
-    return native if native.library() is not None else rows
+    return native_rows if build.library() is not None else rows
+
+
+def token_passes(device: torch.device) -> ModuleType:
+    """The module whose ``route``, ``select`` and so on are the fastest there; see ``kernels/sparse.py``."""
+    return native_sparse if device.type == "cpu" and build.library() is not None else sparse

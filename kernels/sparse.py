@@ -6,7 +6,9 @@ that "a token combines its K rows" is an embedding bag, and "a row sums over its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,32 @@ class Selection:
     """[T, K] int64: which of the token's n experts a pick belongs to; 0 where ``valid`` is false."""
     valid: Tensor
     """[T, K] bool: false where a token has fewer than K positive activations, or the cap dropped the row."""
+
+
+class RowsAt(NamedTuple):
+    """The active rows of a selection, where they lie."""
+
+    table: Tensor
+    """[m, d] float32 or bfloat16."""
+    places: Tensor | None
+    """[U] int64: of each active row in ``table``; ``None``: they stand there in their order."""
+
+    def brought(self) -> Tensor:
+        """[U, d] float32: the rows themselves."""
+        return (self.table if self.places is None else self.table.index_select(0, self.places)).float()
+
+
+class PickGradients(NamedTuple):
+    """What the gradient of the output makes of everything before it."""
+
+    x: Tensor
+    """[T, d]."""
+    gates: Tensor
+    """[T, n]."""
+    values: Tensor
+    """[U, d]: of the active rows."""
+    keys: Tensor
+    """[U, d]."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +153,50 @@ def select(
     return selection, torch.where(valid, raw, 0), Overflow(wanted, total, kept_mass)
 
 
-def score_picks(x: Tensor, table: Tensor, selection: Selection) -> Tensor:
-    """[T, K]: dot product of each token's ``x`` [T, d] with the ``table`` [U, d] rows that it picked; 0 if invalid."""
+def score_picks(x: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
+    """[T, K]: dot product of each token's ``x`` [T, d] with the rows that it picked; 0 if invalid."""
+    return _score_picks(x, rows.brought(), selection)
+
+
+def combine_rows(weights: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
+    """[T, d]: each token's sum of the rows that it picked, by its ``weights`` [T, K]."""
+    return _combine_rows(weights, rows.brought(), selection)
+
+
+def picked_gates(gates: Tensor, selection: Selection) -> Tensor:
+    """[T, K]: the gate of each pick's expert; 0 where there is no pick, since a NaN gate times 0 would be NaN."""
+    return torch.where(selection.valid, gates.gather(1, selection.slots), 0)
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    gates: Tensor,
+    values: RowsAt,
+    keys: RowsAt,
+    selection: Selection,
+    room: Callable[[int, int], Tensor] = torch.empty,
+) -> PickGradients:
+    """The way back through ``y_t = Σ_j z_tj B_j``, where ``z_tj = gate · (x_t · A_j)``, over the picks j of token t.
+
+    Args:
+        grad_y, x: [T, d] float32; scores: [T, K] float32, raw ``x · A_j``; gates: [T, n] float32.
+        room: gives memory for the rows' gradients to those passes that can choose theirs, which these are not.
+    """
+    of_picks = picked_gates(gates, selection)
+    tokens_of_row = _TokensOfRow(selection)
+    grad_z = _score_picks(grad_y, values.brought(), selection)
+    grad_scores = grad_z * of_picks
+    return PickGradients(
+        x=_combine_rows(grad_scores, keys.brought(), selection),
+        gates=torch.zeros_like(gates).scatter_add_(1, selection.slots, grad_z * scores),
+        values=tokens_of_row.combine(scores * of_picks, grad_y),
+        keys=tokens_of_row.combine(grad_scores, x),
+    )
+
+
+def _score_picks(x: Tensor, table: Tensor, selection: Selection) -> Tensor:
     tokens, top_k = selection.picks.shape
     dots = x.new_zeros(tokens, top_k)
     if not table.shape[0]:
@@ -138,14 +208,13 @@ def score_picks(x: Tensor, table: Tensor, selection: Selection) -> Tensor:
     return torch.where(selection.valid, dots, 0)
 
 
-def combine_rows(weights: Tensor, table: Tensor, selection: Selection) -> Tensor:
-    """[T, d]: each token's sum of the ``table`` [U, d] rows that it picked, by its ``weights`` [T, K]."""
+def _combine_rows(weights: Tensor, table: Tensor, selection: Selection) -> Tensor:
     if not table.shape[0]:
         return table.new_zeros(weights.shape[0], table.shape[1])
     return F.embedding_bag(selection.picks, table, per_sample_weights=weights, mode="sum")
 
 
-class TokensOfRow:
+class _TokensOfRow:
     """The transpose of a selection: for each active row, the tokens that picked it."""
 
     def __init__(self, selection: Selection) -> None:

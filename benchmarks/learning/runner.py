@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from learning.trial import Trial
 from meft_engine.cores import rank_cores
-from meft_kernels.cpu import native
+from meft_kernels.cpu import build
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What a trial's result depends on besides its settings: files, and folders with all that is in them.
@@ -77,7 +77,7 @@ class Runner:
         for facts in sorted({trial.facts for trial in trials} - self._corpora.keys()):
             self._corpora[facts] = corpus.build(self._model, facts, self._first_layer, self._folder)
         os.environ["DS_ACCELERATOR"] = "cpu"  # of the processes to come, also where there is a GPU
-        native.library()  # compiled once, with all cores, before each worker asks for it
+        build.library()  # compiled once, with all cores, before each worker asks for it
         context = multiprocessing.get_context("spawn")
         free_cores = context.Queue()
         for core in self._cores:

@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.phases import phase
-from meft_kernels.dispatch import TokensOfRow, combine_rows, score_picks
-from meft_kernels.sparse import Selection
+from meft_kernels.dispatch import Selection, token_passes
 
 _SELECTION_TENSORS = len(fields(Selection))
 
@@ -44,8 +43,10 @@ class ApplyRows(torch.autograd.Function):
         ctx.save_for_backward(x, gates, scores, *vars(selection).values(), *anchors)
         ctx.keys, ctx.values, ctx.latest = keys, values, latest
         ctx.versions = keys.version, values.version
-        activations = scores * _picked(gates, selection)
-        return combine_rows(activations, values.gather(selection.active, latest=latest), selection)
+        passes = token_passes(x.device)
+        activations = scores * passes.picked_gates(gates, selection)
+        with values.rows_at(selection.active, latest=latest) as rows:
+            return passes.combine_rows(activations, rows, selection)
 
     @staticmethod
     @once_differentiable
@@ -59,20 +60,13 @@ class ApplyRows(torch.autograd.Function):
         selection, anchors = Selection(*rest[:_SELECTION_TENSORS]), rest[_SELECTION_TENSORS:]
         keys, values = ctx.keys, ctx.values
         keys_version, values_version = ctx.versions
-        picked_gates = _picked(gates, selection)
-        tokens_of_row = TokensOfRow(selection)
-
-        grad_z = score_picks(grad_y, values.gather(selection.active, values_version, latest=ctx.latest), selection)
-        values.accumulate(selection.active, tokens_of_row.combine(scores * picked_gates, grad_y))
-
-        grad_scores = grad_z * picked_gates
-        grad_x = combine_rows(grad_scores, keys.gather(selection.active, keys_version, latest=ctx.latest), selection)
-        keys.accumulate(selection.active, tokens_of_row.combine(grad_scores, x))
-
-        grad_gates = torch.zeros_like(gates).scatter_add_(1, selection.slots, grad_z * scores)
-        return grad_x, grad_gates, None, None, None, None, None, *(torch.zeros_like(a) for a in anchors)
-
-
-def _picked(gates: Tensor, selection: Selection) -> Tensor:
-    """[T, K]: the gate of each pick's expert; 0 where there is no pick, since a NaN gate times 0 would be NaN."""
-    return torch.where(selection.valid, gates.gather(1, selection.slots), 0)
+        active = selection.active
+        with (
+            values.rows_at(active, values_version, latest=ctx.latest) as value_rows,
+            keys.rows_at(active, keys_version, latest=ctx.latest) as key_rows,
+        ):
+            passes, room = token_passes(x.device), values.room_for_gradients
+            found = passes.gradients(grad_y, x, scores, gates, value_rows, key_rows, selection, room)
+        values.accumulate(active, found.values)
+        keys.accumulate(active, found.keys)
+        return found.x, found.gates, None, None, None, None, None, *(torch.zeros_like(a) for a in anchors)

@@ -20,7 +20,7 @@ from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.parallel.ranks import Ranks
 from meft_engine.phases import phase
 from meft_engine.zero_parameters import full_shape
-from meft_kernels.dispatch import Overflow, Selection, score_picks
+from meft_kernels.dispatch import Overflow, Selection, token_passes
 
 
 class SparseAdapter(nn.Module):
@@ -111,8 +111,8 @@ class SparseAdapter(nn.Module):
                 selection = replayed.selection
                 for table, version in zip((self.keys, self.values), replayed.versions, strict=True):
                     table.require_version(version)
-                with torch.no_grad():
-                    scores = score_picks(x, self.keys.gather(selection.active, latest=self._latest()), selection)
+                with torch.no_grad(), self.keys.rows_at(selection.active, latest=self._latest()) as keys:
+                    scores = token_passes(x.device).score_picks(x, keys, selection)
             else:
                 selection, scores = self._select(x, logits, experts, gates, load)
                 self._calls.record(self, h, tokens, selection, (self.keys.version, self.values.version))

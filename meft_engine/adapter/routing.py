@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from meft_kernels.dispatch import Overflow, Selection, route, score_experts, select
+from meft_kernels.dispatch import Overflow, Selection, token_passes
 
 
 class ActiveRowsOverflow(RuntimeError):
@@ -49,7 +49,7 @@ def gate(logits: Tensor, kind: str) -> Tensor:
 def choose_experts(logits: Tensor, experts_per_token: int, bias: Tensor | None = None) -> Tensor:
     """[T, n] int64, ascending: each token's experts by its logits [T, N], to which ``bias`` [N] is added."""
     logits = logits.detach()
-    return route(logits if bias is None else logits + bias, experts_per_token)
+    return token_passes(logits.device).route(logits if bias is None else logits + bias, experts_per_token)
 
 
 @torch.no_grad()
@@ -73,8 +73,9 @@ def choose_rows(
     Raises:
         ActiveRowsOverflow: if more than ``cap`` rows are active and ``on_overflow`` is ``"raise"``.
     """
-    scores = score_experts(x, keys, experts, logits.shape[1])
-    selection, raw, overflow = select(logits, experts, gates, scores, rows=keys.shape[0], top_k=top_k, cap=cap)
+    passes = token_passes(x.device)
+    scores = passes.score_experts(x, keys, experts, logits.shape[1])
+    selection, raw, overflow = passes.select(logits, experts, gates, scores, rows=keys.shape[0], top_k=top_k, cap=cap)
     if on_overflow == "raise" and cap is not None and overflow.wanted_rows > cap:
         raise ActiveRowsOverflow(
             f"{name}: a micro-batch of {x.shape[0]} tokens activates {overflow.wanted_rows} rows, more than "

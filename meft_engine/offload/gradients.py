@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from meft_engine.offload.memory import ReusedMemory
 from meft_kernels.dispatch import row_passes
 
 
@@ -26,6 +27,8 @@ class GradientAccumulator:
 
     def __init__(self, table_rows: int, threads: int) -> None:
         self._table_rows, self.threads = table_rows, threads
+        self.memory = ReusedMemory()
+        """For gradients to come."""
         self._slot_of_row: Tensor | None = None
         self.clear()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import math
 import mmap
 import sys
+import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +31,8 @@ class Mapping(mmap.mmap):
         if self.address is not None:
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
+
+_HUGE_PAGE = 1 << 21
 
 # mmap has no name for it: address space that is not counted as memory before it is written to.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
@@ -71,6 +76,45 @@ def host_zeros(
     if pin_memory and torch.cuda.is_available():
         pin(mapping, tensor.data_ptr() - skew)
     return tensor
+
+
+class ReusedMemory:
+    """Host memory for tensors that come and go, such as gradients.
+
+    What a tensor lay in is given out again once nothing refers to it any more. Memory that comes from the system anew
+    is filled with zeros page by page, which takes longer than writing what it is for. Threads may share it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+        self._lock = threading.RLock()  # a collection of garbage may come back here at any time
+
+    def empty(self, *shape: int) -> Tensor:
+        """A float32 tensor of whatever was there before."""
+        elements = math.prod(shape)
+        if elements == 0:
+            return torch.empty(shape)
+        mapping = self._find(elements * torch.float32.itemsize)
+        lease = (ctypes.c_byte * len(mapping)).from_buffer(mapping)
+        # The tensor's storage holds the lease, whichever views of it there are.
+        weakref.finalize(lease, self._give_back, mapping).atexit = False
+        return torch.frombuffer(lease, dtype=torch.float32, count=elements).view(shape)
+
+    def _find(self, needed: int) -> mmap.mmap:
+        with self._lock:
+            fitting = [place for place, mapping in enumerate(self._free) if needed <= len(mapping) <= 4 * needed]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda place: len(self._free[place])))
+            if self._free:
+                self._free.pop(0)  # of another size, which has not been asked for for the longest time
+        mapping = mmap.mmap(-1, -(-needed // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        return mapping
+
+    def _give_back(self, mapping: mmap.mmap) -> None:
+        with self._lock:
+            self._free.append(mapping)
 
 
 def advise_huge_pages(mapping: mmap.mmap, start: int, length: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from meft_engine.offload.memory import host_zeros, pieces
 from meft_engine.offload.shard import Shard
 from meft_engine.phases import phase
 from meft_kernels import planes
-from meft_kernels.dispatch import row_passes
+from meft_kernels.dispatch import RowsAt, row_passes
 from meft_kernels.rows import RowTable
 
 
@@ -339,19 +339,42 @@ class PartiallyOffloadedTensor:
         """
         if version is not None:
             self.require_version(version)
-        self._largest_gather = max(self._largest_gather, rows.numel())
-        if not self.resident:
-            self.bytes_to_device += rows.numel() * self.width * self.compute_dtype.itemsize
+        self._count_gather(rows.numel())
         with phase("gather"), self.reading(latest=latest) as table:
             if table.device.type != "cpu":
                 return table.index_select(0, rows.to(table.device)).to(self.device).float()
             rows = rows.to("cpu").contiguous()
-            found = self.read_current(rows) if self.read_current is not None else None
+            found = self._brought_to_date(rows)
             if found is None:
                 found = row_passes().gather_rows(table, rows, threads=self.threads)
-            elif self.compute_dtype == torch.bfloat16:
-                found = planes.split(found)[0].float()
         return found.to(self.device)
+
+    @contextmanager
+    def rows_at(self, rows: Tensor, version: int | None = None, *, latest: bool = True) -> Iterator[RowsAt]:
+        """As :meth:`gather`, but for the time in which they are used: where device and host are one, no copies."""
+        if self.device.type != "cpu":
+            yield RowsAt(self.gather(rows, version, latest=latest), None)
+            return
+        if version is not None:
+            self.require_version(version)
+        self._count_gather(rows.numel())
+        with ExitStack() as stack:
+            with phase("gather"):
+                table = stack.enter_context(self.reading(latest=latest))
+                current = self._brought_to_date(rows)
+            yield RowsAt(table, rows) if current is None else RowsAt(current, None)
+
+    def _brought_to_date(self, rows: Tensor) -> Tensor | None:
+        """[n, d] float32: the compute copies of rows of which an optimizer has left some behind; ``None``: of none."""
+        found = self.read_current(rows) if self.read_current is not None else None
+        if found is None or self.compute_dtype != torch.bfloat16:
+            return found
+        return planes.split(found)[0].float()
+
+    def _count_gather(self, count: int) -> None:
+        self._largest_gather = max(self._largest_gather, count)
+        if not self.resident:
+            self.bytes_to_device += count * self.width * self.compute_dtype.itemsize
 
     @property
     def version(self) -> int:
@@ -389,6 +412,10 @@ class PartiallyOffloadedTensor:
         if least < 0 or most >= self.rows:
             raise IndexError(f"{self.name} has {self.rows} rows; a gradient names rows {least} to {most}")
         self._gradient.add(rows, grad)
+
+    def room_for_gradients(self, *shape: int) -> Tensor:
+        """An empty float32 tensor on the host, for :meth:`accumulate` to take over."""
+        return self._gradient.memory.empty(*shape)
 
     def gradient(self) -> RowGradient | None:
         """What has been accumulated since the last :meth:`clear_gradient`; ``None`` if nothing."""

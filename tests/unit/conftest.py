@@ -9,17 +9,17 @@ from types import ModuleType
 import pytest
 
 from meft_kernels import rows as in_torch
-from meft_kernels.cpu import native
+from meft_kernels.cpu import build, native_rows
 
 
 @pytest.fixture(scope="session")
 def compiled_passes() -> ModuleType:
     """The compiled ones. Where there is a compiler they have to be there: a build that fails is no reason to skip."""
-    if native.library() is None:
+    if build.library() is None:
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             pytest.skip("no compiler here")
-        pytest.fail("the row kernels do not compile")
-    return native
+        pytest.fail("the CPU kernels do not compile")
+    return native_rows
 
 
 @pytest.fixture(params=["compiled", "pytorch"])

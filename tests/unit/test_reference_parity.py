@@ -1,9 +1,11 @@
-"""The sparse path equals `kernels/reference.py`: the kernels' selections, then the adapter's outputs and gradients."""
+"""The sparse paths equal `kernels/reference.py`: the kernels' selections, then the adapter's outputs and gradients."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,11 +19,24 @@ from meft_engine.adapter.routing import ActiveRowsOverflow, gate
 from meft_engine.config import MeftConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_kernels import reference, sparse
+from meft_kernels.cpu import build as building
+from meft_kernels.cpu import native_rows, native_sparse
+from meft_kernels.sparse import RowsAt
 
 # Scores closer than this may legitimately be ordered differently by two ways of summing.
 GAP = 1e-5
 
 AWKWARD = [0.0, -0.0, 1.5, -1.5, math.inf, -math.inf, math.nan, 1e-45]
+
+
+@pytest.fixture(scope="module", params=["native", "portable", "pytorch"], autouse=True)
+def passes(request, compiled_passes) -> Iterator[ModuleType]:
+    """Compiled with this machine's instructions, with those of every machine, and in PyTorch; adapters use them too."""
+    library = None if request.param == "pytorch" else building.build(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (building, native_rows, native_sparse):
+            patch.setattr(module, "library", lambda: library)
+        yield sparse if library is None else native_sparse
 
 
 @dataclass(frozen=True)
@@ -91,17 +106,19 @@ def exact_cases(draw, smallest_cap_is_k: bool = False, max_surplus: int = 3) -> 
     )
 
 
-def run_kernels(case: Case) -> tuple[Tensor, sparse.Selection, sparse.Overflow]:
-    """Output, selection and what the cap did, by the functions of `kernels/sparse.py` alone."""
+def run_kernels(passes: ModuleType, case: Case) -> tuple[Tensor, sparse.Selection, sparse.Overflow]:
+    """Output, selection and what the cap did, by the passes alone."""
     h = case.h if case.center is None else case.h - case.center
     logits = h @ case.router.T
-    experts = sparse.route(logits, case.n)
+    experts = passes.route(logits, case.n)
     gates = gate(logits.gather(1, experts), case.gate)
-    scores = sparse.score_experts(h, case.keys, experts, case.router.shape[0])
+    scores = passes.score_experts(h, case.keys, experts, case.router.shape[0])
     rows = case.keys.shape[0]
-    selection, raw, overflow = sparse.select(logits, experts, gates, scores, rows=rows, top_k=case.k, cap=case.cap)
-    picked_gates = torch.where(selection.valid, gates.gather(1, selection.slots), 0)
-    y = sparse.combine_rows(raw * picked_gates, case.values[selection.active], selection)
+    selection, raw, overflow = passes.select(logits, experts, gates, scores, rows=rows, top_k=case.k, cap=case.cap)
+    weights = raw * passes.picked_gates(gates, selection)
+    y = passes.combine_rows(weights, RowsAt(case.values, selection.active), selection)
+    copied = passes.combine_rows(weights, RowsAt(case.values[selection.active], None), selection)
+    assert torch.equal(y, copied)
     return y, selection, overflow
 
 
@@ -113,8 +130,8 @@ def kept_mask(selection: sparse.Selection, rows: int) -> Tensor:
     return mask
 
 
-def assert_same_selection(case: Case) -> None:
-    y, selection, overflow = run_kernels(case)
+def assert_same_selection(passes: ModuleType, case: Case) -> None:
+    y, selection, overflow = run_kernels(passes, case)
     expected_y, expected = case.reference()
     assert torch.equal(selection.experts, expected.experts)
     assert torch.equal(selection.active, expected.active)
@@ -134,31 +151,31 @@ def assert_near(found: Tensor | None, expected: Tensor | None) -> None:
 
 
 @given(case=exact_cases())
-def test_selections_and_outputs_of_the_kernels(case):
+def test_selections_and_outputs_of_the_kernels(passes, case):
     """Over ties everywhere, K beyond the candidates, one expert, no tokens, and any cap."""
-    assert_same_selection(case)
+    assert_same_selection(passes, case)
 
 
 @given(case=exact_cases(), where=st.sampled_from(["h", "key", "router"]), place=st.integers(0, 10**6))
-def test_nan_is_never_selected(case, where, place):
+def test_nan_is_never_selected(passes, case, where, place):
     """A NaN in a token, in a key or in a router's row takes itself out and leaves everything else as it was."""
     table = {"h": case.h, "key": case.keys, "router": case.router}[where]
     assume(table.shape[0] > 0)
     table[place % table.shape[0], place % table.shape[1]] = math.nan
-    assert_same_selection(case)
+    assert_same_selection(passes, case)
 
 
 @given(
     rows=st.lists(st.lists(st.sampled_from(AWKWARD), min_size=5, max_size=5)),
     n=st.integers(1, 5),
 )
-def test_route_breaks_ties_by_the_lowest_id_and_puts_nan_last(rows, n):
+def test_route_breaks_ties_by_the_lowest_id_and_puts_nan_last(passes, rows, n):
     expected = []
     for row in rows:
         order = sorted(range(5), key=lambda i: (math.isnan(row[i]), 0.0 if math.isnan(row[i]) else -row[i], i))
         expected.append(sorted(order[:n]))
     logits = torch.tensor(rows).view(-1, 5)
-    assert sparse.route(logits, n).tolist() == expected
+    assert passes.route(logits, n).tolist() == expected
     # The reference ranks in another way (a stable sort), so it is held to the same order.
     if not (logits.isnan() | (logits == -math.inf)).any():
         assert reference.largest(logits, n).sort().values.tolist() == expected
@@ -167,14 +184,14 @@ def test_route_breaks_ties_by_the_lowest_id_and_puts_nan_last(rows, n):
 def test_large_batches_are_scored_in_blocks(monkeypatch):
     """The blocks bound memory and must not show: with three tokens a block, ten tokens end in a block of one."""
     case = Case(whole(1, 2, 10, 5), whole(2, 2, 12, 5), whole(3, 2, 12, 5), whole(4, 2, 3, 5), n=2, k=4, gate="none")
-    _, selection, _ = run_kernels(case)
+    _, selection, _ = run_kernels(sparse, case)
     table = case.keys[selection.active]
     expected = torch.where(selection.valid, (case.h[:, None] * table[selection.picks]).sum(-1), 0)
     calls = []
     original = torch.bmm
     monkeypatch.setattr(sparse, "_BLOCK_ELEMENTS", 3 * 4 * 5)
     monkeypatch.setattr(torch, "bmm", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
-    assert torch.equal(sparse.score_picks(case.h, table, selection), expected)
+    assert torch.equal(sparse.score_picks(case.h, RowsAt(table, None), selection), expected)
     assert len(calls) == 4 and selection.valid.any() and not selection.valid.all()
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import meft_engine
-from meft_kernels.cpu import native
+from meft_kernels.cpu import build
 
 FIVE_STEPS = """
 import hashlib, json, logging, torch
@@ -66,7 +66,7 @@ def chosen(compiled_passes) -> tuple[str, str, list]:
 
 
 def test_compiled_kernels_serve_where_there_is_a_compiler(chosen):
-    assert chosen[0] == "meft_kernels.cpu.native" and chosen[2] == []
+    assert chosen[0] == "meft_kernels.cpu.native_rows" and chosen[2] == []
 
 
 def test_those_for_any_machine_give_the_same_bits(chosen):
@@ -88,4 +88,4 @@ def test_pytorch_serves_after_one_warning_where_there_is_no_compiler(chosen, tmp
 def test_an_unknown_build_is_refused(monkeypatch, name):
     monkeypatch.setenv("MEFT_CPU_BUILD", name)
     with pytest.raises(ValueError, match=rf'MEFT_CPU_BUILD = "{name}" is none of "native", "portable" and "none"'):
-        native.library.__wrapped__()
+        build.library.__wrapped__()

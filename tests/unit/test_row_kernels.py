@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meft_kernels import planes
 from meft_kernels import rows as in_torch
-from meft_kernels.cpu import native
+from meft_kernels.cpu import build, native_rows
 from meft_kernels.rows import AdamStep, Coast, RowTable, paired_moments
 
 ROWS = 23
@@ -24,14 +24,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.fixture(scope="module")
 def libraries(compiled_passes) -> dict[str, ctypes.CDLL]:
-    return {kind: native._build(kind) for kind in ("native", "portable")}
+    return {kind: build.build(kind) for kind in ("native", "portable")}
 
 
 @pytest.fixture(params=["native", "portable"])
 def compiled(request, libraries, monkeypatch) -> ModuleType:
     """The compiled passes, with this machine's instructions and with those of every machine."""
-    monkeypatch.setattr(native, "library", lambda: libraries[request.param])
-    return native
+    monkeypatch.setattr(native_rows, "library", lambda: libraries[request.param])
+    return native_rows
 
 
 def make_table(width: int, master: torch.dtype, moments: torch.dtype) -> RowTable:
@@ -115,7 +115,7 @@ def test_adam_rows_gives_the_same_bits_in_pytorch_and_compiled(compiled, width, 
 @pytest.mark.parametrize("master", [FP32, BF16])
 @pytest.mark.parametrize("module", ["native", "pytorch"])
 def test_adam_rows_is_the_formula_in_float64(module, master, coasting, request):
-    passes = request.getfixturevalue("libraries") and native if module == "native" else in_torch
+    passes = request.getfixturevalue("libraries") and native_rows if module == "native" else in_torch
     table, rows = make_table(31, master, FP32), some_rows(13)
     grad, step = scaled_gradient(13, 31), STEP
     coast = make_coast(13) if coasting else None
@@ -285,8 +285,8 @@ def test_what_the_compiled_passes_would_misread_is_refused(libraries):
     grad = torch.randn(3, 8)
     for bad_rows, bad_grad in ((rows.int(), grad), (rows, grad.double()), (rows, torch.randn(8, 3).T)):
         with pytest.raises(AssertionError):
-            native.adam_rows(table, bad_rows, bad_grad, step, threads=1)
+            native_rows.adam_rows(table, bad_rows, bad_grad, step, threads=1)
     with pytest.raises(AssertionError):
-        native.adam_rows(table._replace(exp_avg_sq=table.exp_avg_sq.bfloat16()), rows, grad, step, threads=1)
+        native_rows.adam_rows(table._replace(exp_avg_sq=table.exp_avg_sq.bfloat16()), rows, grad, step, threads=1)
     with pytest.raises(AssertionError):
-        native.gather_rows(torch.randn(8, ROWS).T, rows, threads=1)
+        native_rows.gather_rows(torch.randn(8, ROWS).T, rows, threads=1)

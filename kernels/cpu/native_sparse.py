@@ -1,0 +1,193 @@
+"""The functions of ``kernels/sparse.py`` on the CPU, compiled; only their arguments and results are tensors.
+
+Rows are read where they lie. Nothing has as many elements as a table has rows, but for one bit each. Tensors have names
+for as long as C++ reads them: of an address alone it does not know that the memory is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from meft_kernels import sparse
+from meft_kernels.cpu.build import address, library
+from meft_kernels.sparse import Overflow, PickGradients, RowsAt, Selection
+
+
+def route(logits: Tensor, experts_per_token: int) -> Tensor:
+    """As :func:`meft_kernels.sparse.route`."""
+    return _largest(logits, experts_per_token)
+
+
+def score_experts(h: Tensor, keys: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """As :func:`meft_kernels.sparse.score_experts`; keys in bfloat16 or float32."""
+    (tokens, per_token), (rows, width) = experts.shape, keys.shape
+    expert_rows = rows // num_experts
+    h, scores = h.contiguous(), torch.empty(tokens, per_token, expert_rows)
+    library().meft_score_experts(
+        *(tokens, per_token, width, num_experts, expert_rows),
+        address(h, torch.float32),
+        *_table(keys),
+        address(experts, torch.int64),
+        address(scores, torch.float32),
+        torch.get_num_threads(),
+    )
+    return scores
+
+
+def select(
+    logits: Tensor, experts: Tensor, gates: Tensor, scores: Tensor, *, rows: int, top_k: int, cap: int | None
+) -> tuple[Selection, Tensor, Overflow]:
+    """As :func:`meft_kernels.sparse.select`."""
+    tokens, per_token, expert_rows = scores.shape
+    top_k = min(top_k, per_token * expert_rows)
+    gates, usable = gates.contiguous(), ~logits.gather(1, experts).isnan()
+    row_ids, slots, picks = (torch.empty(tokens, top_k, dtype=torch.int64) for _ in range(3))
+    raw, activations = torch.empty(tokens, top_k), torch.empty(tokens, top_k)
+    valid = torch.empty(tokens, top_k, dtype=torch.bool)
+    library().meft_select(
+        *(tokens, per_token, expert_rows, top_k),
+        address(scores, torch.float32),
+        address(gates, torch.float32),
+        address(usable, torch.bool),
+        address(experts, torch.int64),
+        *(address(result, torch.int64) for result in (row_ids, slots)),
+        address(valid, torch.bool),
+        *(address(result, torch.float32) for result in (raw, activations)),
+        torch.get_num_threads(),
+    )
+    active = torch.empty(min(rows, tokens * top_k), dtype=torch.int64)
+    wanted = library().meft_index_rows(
+        *(tokens * top_k, rows),
+        address(row_ids, torch.int64),
+        address(valid, torch.bool),
+        *(address(result, torch.int64) for result in (active, picks)),
+    )
+    active = active[:wanted].clone()
+    total = kept_mass = activations.sum()
+    if cap is not None and wanted > cap:
+        mass = torch.zeros(wanted).index_add_(0, picks[valid], activations[valid])
+        kept = _largest(mass[None], cap)[0]
+        place = torch.full((wanted,), -1)
+        place[kept] = torch.arange(cap)
+        active, kept_mass = active[kept], mass[kept].sum()
+        valid &= place[picks] >= 0
+        picks, slots, raw = (torch.where(valid, of_pick, 0) for of_pick in (place[picks], slots, raw))
+    return Selection(experts, active, picks, slots, valid), raw, Overflow(wanted, total, kept_mass)
+
+
+def score_picks(x: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
+    """As :func:`meft_kernels.sparse.score_picks`."""
+    tokens, top_k = selection.picks.shape
+    if not selection.active.numel():
+        return torch.zeros(tokens, top_k)
+    x, ids, scores = x.contiguous(), _ids(rows, selection), torch.empty(tokens, top_k)
+    library().meft_score_picks(
+        *(tokens, top_k, rows.table.shape[1]),
+        address(x, torch.float32),
+        address(ids, torch.int64),
+        address(selection.valid, torch.bool),
+        *_table(rows.table),
+        address(scores, torch.float32),
+        torch.get_num_threads(),
+    )
+    return scores
+
+
+def combine_rows(weights: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
+    """As :func:`meft_kernels.sparse.combine_rows`."""
+    (tokens, top_k), width = selection.picks.shape, rows.table.shape[1]
+    if not selection.active.numel():
+        return torch.zeros(tokens, width)
+    weights, ids, out = weights.contiguous(), _ids(rows, selection), torch.empty(tokens, width)
+    library().meft_combine_rows(
+        *(tokens, top_k, width),
+        address(weights, torch.float32),
+        address(ids, torch.int64),
+        address(selection.valid, torch.bool),
+        *_table(rows.table),
+        address(out, torch.float32),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    gates: Tensor,
+    values: RowsAt,
+    keys: RowsAt,
+    selection: Selection,
+    room: Callable[[int, int], Tensor] = torch.empty,
+) -> PickGradients:
+    """As :func:`meft_kernels.sparse.gradients`."""
+    (tokens, top_k), (width, per_token) = selection.picks.shape, (x.shape[1], gates.shape[1])
+    grad_x, grad_gates = torch.zeros(tokens, width), torch.zeros(tokens, per_token)
+    active = selection.active.numel()
+    if not active:
+        return PickGradients(grad_x, grad_gates, torch.zeros(0, width), torch.zeros(0, width))
+    grad_y, x, scores, gates = (t.contiguous() for t in (grad_y, x, scores, gates))
+    activations, grad_scores = torch.empty(tokens, top_k), torch.empty(tokens, top_k)
+    value_ids, key_ids = _ids(values, selection), _ids(keys, selection)
+    library().meft_way_back(
+        *(tokens, top_k, per_token, width),
+        *(address(given, torch.float32) for given in (grad_y, scores, gates)),
+        address(value_ids, torch.int64),
+        *_table(values.table),
+        address(key_ids, torch.int64),
+        *_table(keys.table),
+        address(selection.slots, torch.int64),
+        address(selection.valid, torch.bool),
+        *(address(result, torch.float32) for result in (grad_x, grad_gates, activations, grad_scores)),
+        torch.get_num_threads(),
+    )
+    ends, places = torch.empty(active, dtype=torch.int64), torch.empty(tokens * top_k, dtype=torch.int64)
+    library().meft_picks_of_rows(
+        *(tokens * top_k, active),
+        address(selection.picks, torch.int64),
+        address(selection.valid, torch.bool),
+        *(address(result, torch.int64) for result in (ends, places)),
+    )
+
+    def of_rows(weights: Tensor, lines: Tensor) -> Tensor:
+        out = room(active, width)
+        library().meft_combine_tokens(
+            *(active, top_k, width),
+            *(address(given, torch.int64) for given in (ends, places)),
+            *(address(given, torch.float32) for given in (weights, lines, out)),
+            torch.get_num_threads(),
+        )
+        return out
+
+    return PickGradients(grad_x, grad_gates, of_rows(activations, grad_y), of_rows(grad_scores, x))
+
+
+picked_gates = sparse.picked_gates
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """[T, k] int64, ascending: places of the k largest of each line [T, m]; ties to the lowest, NaN last."""
+    lines, count = scores.shape
+    scores, places = scores.float().contiguous(), torch.empty(lines, k, dtype=torch.int64)
+    library().meft_largest(
+        *(lines, count, k),
+        address(scores, torch.float32),
+        address(places, torch.int64),
+        torch.get_num_threads(),
+    )
+    return places
+
+
+def _ids(rows: RowsAt, selection: Selection) -> Tensor:
+    """[T, K] int64: where the picks are in the table."""
+    return selection.picks if rows.places is None else rows.places[selection.picks]
+
+
+def _table(table: Tensor) -> tuple[int, int]:
+    """Where it lies, and whether it is in bfloat16."""
+    assert table.dtype in (torch.bfloat16, torch.float32), table.dtype
+    return address(table, table.dtype), int(table.dtype == torch.bfloat16)
