@@ -23,14 +23,14 @@ class Contestant:
 
     ``method``: ``base`` (frozen: forward, and backward to the inputs), ``meft``, ``lora``, or ``dense`` (all rows of a
     parallel adapter, under ZeRO stage 2 with ``offload_optimizer``). ``layers``: so many topmost ones have an adapter;
-    0: all. ``experts``: 0 as derived. ``cap``: of active rows; 0: none.
+    0: all. ``experts``, ``top_k``: 0 as by default. ``cap``: of active rows; 0: none.
     """
 
     method: str
     rows: int = 0
     layers: int = 0
     experts: int = 0
-    top_k: int = 16
+    top_k: int = 0
     cap: int = 0
     sequences: int = 8
     length: int = 64
@@ -41,11 +41,18 @@ class Contestant:
         if self.method in ("base", "lora"):
             return self.method
         parts = [f"{self.method} r={self.rows}"]
-        parts += [f"K={self.top_k}"] if self.top_k != 16 else []
+        parts += [f"K={self.top_k}"] if self.top_k else []
         parts += [f"{self.experts} experts"] if self.experts else []
         parts += [f"cap {self.cap}"] if self.cap else []
         parts += [f"{self.layers} layers"] if self.layers else []
         return ", ".join(parts)
+
+
+def precision() -> torch.dtype:
+    """Of all contestants: bf16 where this machine computes in it at speed, else fp32."""
+    from inference import native_bf16
+
+    return torch.bfloat16 if native_bf16() else torch.float32
 
 
 def serve(contestant: Contestant, model_folder: str, text: Tensor, threads: int, port: int, pipe: Connection) -> None:
@@ -70,7 +77,7 @@ class _Trained:
     def __init__(self, contestant: Contestant, model_folder: str, text: Tensor) -> None:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=precision())
         model.train().requires_grad_(False)
         self._base_bytes = _alive_bytes()
         self._contestant, self._text, self._number = contestant, text, 0
@@ -134,7 +141,7 @@ def _engine(contestant: Contestant, model: nn.Module) -> Any:
 
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": contestant.sequences,
-        "bf16": {"enabled": False},
+        "bf16": {"enabled": precision() == torch.bfloat16},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
         "steps_per_print": 10**9,
     }
@@ -145,7 +152,9 @@ def _engine(contestant: Contestant, model: nn.Module) -> Any:
 
 
 def _add_meft(contestant: Contestant, model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    adapter: dict[str, Any] = {"rows": contestant.rows, "top_k": contestant.top_k}
+    adapter: dict[str, Any] = {"rows": contestant.rows}
+    if contestant.top_k:
+        adapter["top_k"] = contestant.top_k
     if contestant.experts:
         adapter["num_experts"] = contestant.experts
     if contestant.layers:
@@ -162,7 +171,7 @@ def _add_lora(contestant: Contestant, model: nn.Module, config: dict[str, Any]) 
     settings = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(LORA_MODULES))
     network = peft.get_peft_model(model, settings)
     for parameter in network.parameters():
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(precision())
     return network
 
 
@@ -180,8 +189,8 @@ class _DenseAdapter(nn.Module):
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.keys = nn.Parameter(torch.randn(rows, width, dtype=torch.bfloat16) / width**0.5)
-        self.values = nn.Parameter(torch.zeros(rows, width, dtype=torch.bfloat16))
+        self.keys = nn.Parameter(torch.randn(rows, width, dtype=precision()) / width**0.5)
+        self.values = nn.Parameter(torch.zeros(rows, width, dtype=precision()))
 
     def forward(self, h: Tensor) -> Tensor:
         return F.relu(h @ self.keys.T) @ self.values

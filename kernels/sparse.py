@@ -58,6 +58,8 @@ class PickGradients(NamedTuple):
     """[U, d]: of the active rows."""
     keys: Tensor
     """[U, d]."""
+    squared_norms: tuple[Tensor, Tensor] | None = None
+    """[U] float64 each: of the rows of ``values`` and ``keys``, where they cost no further pass."""
 
 
 @dataclass(frozen=True)

@@ -227,8 +227,9 @@ class OptimizerConfig(_Section):
     moments_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the moments: 8 bytes a parameter in fp32; 4 in bf16, which is rounded stochastically."""
 
-    overlap: bool = True
-    """Update rows on a thread of their own while the next forward runs. The results are the same, bit for bit."""
+    overlap: bool | None = None
+    """Update rows on a thread of their own while the next forward runs. The results are the same, bit for bit. ``None``:
+    where the model computes on an accelerator; on a CPU both would only take the cores from one another."""
 
     max_staleness: int = Field(0, ge=0, le=1)
     """1: let a training forward read rows that still miss the last update (then results depend on timing)."""
@@ -241,11 +242,17 @@ class OptimizerConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
-        if self.max_staleness and not self.overlap:
+        if self.max_staleness and self.overlap is False:
             raise ValueError(
                 "optimizer.max_staleness = 1 needs optimizer.overlap = true: without it no row is ever stale"
             )
         return self
+
+    def overlaps(self, device: str) -> bool:
+        """Whether rows are updated on a thread of their own where the model computes on ``device``."""
+        if self.overlap is not None:
+            return self.overlap
+        return bool(self.max_staleness) or not device.startswith("cpu")
 
 
 class CommunicationConfig(_Section):

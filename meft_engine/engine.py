@@ -125,7 +125,7 @@ class MeftEngine(DeepSpeedEngine):
             self.row_optimizer,
             self._joint_norm,
             self.gradient_clipping(),
-            UpdateWorker(timeout, check_others=check_others) if block.optimizer.overlap else None,
+            UpdateWorker(timeout, check_others=check_others) if block.optimizer.overlaps(device) else None,
             [table.name for table in attached.tables()],
             _shared_rows(self, attached, block) if ranks.size > 1 else None,
         )

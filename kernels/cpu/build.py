@@ -33,10 +33,9 @@ _ARGUMENTS = {
     "meft_select": [*[COUNT] * 4, *[POINTER] * 9, FLAG],
     "meft_combine_rows": [*[COUNT] * 3, *[POINTER] * 4, FLAG, POINTER, FLAG],
     "meft_score_picks": [*[COUNT] * 3, *[POINTER] * 4, FLAG, POINTER, FLAG],
-    "meft_way_back": [*[COUNT] * 4, *[POINTER] * 5, FLAG, POINTER, POINTER, FLAG, *[POINTER] * 6, FLAG],
     "meft_index_rows": [COUNT, COUNT, *[POINTER] * 4],
     "meft_picks_of_rows": [COUNT, COUNT, *[POINTER] * 4],
-    "meft_combine_tokens": [*[COUNT] * 3, *[POINTER] * 5, FLAG],
+    "meft_row_gradients": [*[COUNT] * 4, *[POINTER] * 4, FLAG, *[POINTER] * 11, FLAG],
 }
 
 

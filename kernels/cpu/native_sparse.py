@@ -129,22 +129,9 @@ def gradients(
     grad_x, grad_gates = torch.zeros(tokens, width), torch.zeros(tokens, per_token)
     active = selection.active.numel()
     if not active:
-        return PickGradients(grad_x, grad_gates, torch.zeros(0, width), torch.zeros(0, width))
+        nothing = torch.zeros(0, width)
+        return PickGradients(torch.zeros(tokens, width), torch.zeros(tokens, per_token), nothing, nothing)
     grad_y, x, scores, gates = (t.contiguous() for t in (grad_y, x, scores, gates))
-    activations, grad_scores = torch.empty(tokens, top_k), torch.empty(tokens, top_k)
-    value_ids, key_ids = _ids(values, selection), _ids(keys, selection)
-    library().meft_way_back(
-        *(tokens, top_k, per_token, width),
-        *(address(given, torch.float32) for given in (grad_y, scores, gates)),
-        address(value_ids, torch.int64),
-        *_table(values.table),
-        address(key_ids, torch.int64),
-        *_table(keys.table),
-        address(selection.slots, torch.int64),
-        address(selection.valid, torch.bool),
-        *(address(result, torch.float32) for result in (grad_x, grad_gates, activations, grad_scores)),
-        torch.get_num_threads(),
-    )
     ends, places = torch.empty(active, dtype=torch.int64), torch.empty(tokens * top_k, dtype=torch.int64)
     library().meft_picks_of_rows(
         *(tokens * top_k, active),
@@ -152,18 +139,29 @@ def gradients(
         address(selection.valid, torch.bool),
         *(address(result, torch.int64) for result in (ends, places)),
     )
-
-    def of_rows(weights: Tensor, lines: Tensor) -> Tensor:
-        out = room(active, width)
-        library().meft_combine_tokens(
-            *(active, top_k, width),
-            *(address(given, torch.int64) for given in (ends, places)),
-            *(address(given, torch.float32) for given in (weights, lines, out)),
-            torch.get_num_threads(),
-        )
-        return out
-
-    return PickGradients(grad_x, grad_gates, of_rows(activations, grad_y), of_rows(grad_scores, x))
+    ids = torch.arange(active) if values.places is None else values.places
+    grad_z, grad_scores = torch.zeros(tokens, top_k), torch.zeros(tokens, top_k)
+    grad_values, grad_keys = room(active, width), room(active, width)
+    value_norms, key_norms = (torch.empty(active, dtype=torch.float64) for _ in range(2))
+    library().meft_row_gradients(
+        *(active, top_k, per_token, width),
+        *(address(given, torch.int64) for given in (ends, places, ids)),
+        *_table(values.table),
+        *(address(given, torch.float32) for given in (grad_y, x, scores, gates)),
+        address(selection.slots, torch.int64),
+        *(address(result, torch.float32) for result in (grad_z, grad_scores, grad_values)),
+        address(value_norms, torch.float64),
+        address(grad_keys, torch.float32),
+        address(key_norms, torch.float64),
+        torch.get_num_threads(),
+    )
+    return PickGradients(
+        x=combine_rows(grad_scores, keys, selection),
+        gates=torch.zeros_like(gates).scatter_add_(1, selection.slots, grad_z * scores),
+        values=grad_values,
+        keys=grad_keys,
+        squared_norms=(value_norms, key_norms),
+    )
 
 
 picked_gates = sparse.picked_gates

@@ -6,6 +6,7 @@
 // ctypes, which releases the GIL, and the files compile in seconds because they include nothing of torch.
 
 #include "row_table.h"
+#include "squared_norm.h"
 
 #include <algorithm>
 #include <cmath>
@@ -274,19 +275,7 @@ void meft_accumulate_rows(int64_t width, int64_t n, const int64_t* slots, const 
 
 // The squared norm of each row of x [n, width]; the order of summation does not depend on the number of threads.
 void meft_squared_norms(int64_t width, int64_t n, const float* x, double* out, int32_t threads) {
-    constexpr int kLanes = 16;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t j = 0; j < n; ++j) {
-        const float* __restrict row = x + j * width;
-        double lanes[kLanes] = {};
-        int64_t i = 0;
-        for (; i + kLanes <= width; i += kLanes) {
-            for (int k = 0; k < kLanes; ++k) lanes[k] += static_cast<double>(row[i + k]) * row[i + k];
-        }
-        double sum = 0.0;
-        for (; i < width; ++i) sum += static_cast<double>(row[i]) * row[i];
-        for (double lane : lanes) sum += lane;
-        out[j] = sum;
-    }
+    for (int64_t j = 0; j < n; ++j) out[j] = squared_norm(x + j * width, width);
 }
 }

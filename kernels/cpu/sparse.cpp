@@ -10,7 +10,9 @@
 #include <limits>
 #include <vector>
 
-#if defined(__FMA__) || defined(__AVX512F__)
+#include "squared_norm.h"
+
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -56,6 +58,18 @@ inline Vector load(const uint16_t* from) {  // bf16
 
 inline void store(float* to, const Vector& v) { std::memcpy(to, &v, sizeof v); }
 
+// Copies what will not be read soon, so that no memory is read in order to be overwritten.
+inline void copy_past_caches(const float* from, int64_t count, float* to) {
+    int64_t i = 0;
+#if defined(__SSE__)
+    constexpr int kStored = 4;
+    if (reinterpret_cast<uintptr_t>(to) % (kStored * sizeof(float)) == 0) {
+        for (; i + kStored <= count; i += kStored) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+    }
+#endif
+    std::copy(from + i, from + count, to + i);
+}
+
 inline float scalar(float x) { return x; }
 inline float scalar(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -91,32 +105,82 @@ inline float dot(const float* x, const Row* row, int64_t width) {
     return total;
 }
 
-// out [width] = Σ weights[k] · table[ids[k]] over the k < count whose weight is not 0.
+// The lines of memory that a processor fetches at a time.
 template <typename Row>
-inline void combine(int count, const float* weights, const int64_t* ids, const Row* table, int64_t width, float* out) {
-    constexpr int kTogether = 8;  // vectors, which stay in registers
+constexpr int64_t kLine = 64 / sizeof(Row);
+
+template <typename Row>
+inline void prefetch(const Row* row, int64_t width) {
+    for (int64_t i = 0; i < width; i += kLine<Row>) __builtin_prefetch(row + i);
+}
+
+// out [width] += Σ weights[k] · rows[k], or without what was there if it is the `first`. Meanwhile the `next` rows are
+// fetched, which lie anywhere, so that the hardware cannot know of them.
+template <int kRows, typename Row>
+inline void add_rows(const float* weights, const Row* const* rows, const Row* const* next, int more, int64_t width,
+                     bool first, float* out) {
+    Vector weight[kRows];
+    for (int k = 0; k < kRows; ++k) weight[k] = Vector{} + weights[k];
     int64_t i = 0;
-    for (; i + kTogether * kLanes <= width; i += kTogether * kLanes) {
-        Vector total[kTogether] = {};
-        for (int k = 0; k < count; ++k) {
-            const Row* row = table + ids[k] * width + i;
-            const Vector weight = Vector{} + weights[k];
-            for (int j = 0; j < kTogether; ++j) total[j] = fused(weight, load(row + j * kLanes), total[j]);
+    for (; i + kLine<Row> <= width; i += kLine<Row>) {
+        for (int k = 0; k < more; ++k) __builtin_prefetch(next[k] + i);
+        for (int64_t j = i; j < i + kLine<Row>; j += kLanes) {
+            Vector total = first ? Vector{} : load(out + j);
+            for (int k = 0; k < kRows; ++k) total = fused(weight[k], load(rows[k] + j), total);
+            store(out + j, total);
         }
-        for (int j = 0; j < kTogether; ++j) store(out + i + j * kLanes, total[j]);
-    }
-    for (; i + kLanes <= width; i += kLanes) {
-        Vector total = {};
-        for (int k = 0; k < count; ++k) {
-            total = fused(Vector{} + weights[k], load(table + ids[k] * width + i), total);
-        }
-        store(out + i, total);
     }
     for (; i < width; ++i) {
-        float total = 0.0f;
-        for (int k = 0; k < count; ++k) total += weights[k] * scalar(table[ids[k] * width + i]);
+        float total = first ? 0.0f : out[i];
+        for (int k = 0; k < kRows; ++k) total += weights[k] * scalar(rows[k][i]);
         out[i] = total;
     }
+}
+
+// out [width] = Σ weights[k] · table[ids[k]] over k < count, in their order.
+template <typename Row>
+inline void combine(int count, const float* weights, const int64_t* ids, const Row* table, int64_t width, float* out) {
+    constexpr int kTogether = 4;
+    const Row *rows[kTogether], *next[kTogether] = {};
+    for (int k = 0; k < std::min(count, kTogether); ++k) next[k] = table + ids[k] * width;
+    if (!count) std::fill(out, out + width, 0.0f);
+    for (int done = 0; done < count; done += kTogether) {
+        const int here = std::min(kTogether, count - done), more = std::clamp(count - done - kTogether, 0, kTogether);
+        std::copy(next, next + kTogether, rows);
+        for (int k = 0; k < more; ++k) next[k] = table + ids[done + kTogether + k] * width;
+        switch (here) {
+            case 4: add_rows<4>(weights + done, rows, next, more, width, !done, out); break;
+            case 3: add_rows<3>(weights + done, rows, next, more, width, !done, out); break;
+            case 2: add_rows<2>(weights + done, rows, next, more, width, !done, out); break;
+            default: add_rows<1>(weights + done, rows, next, more, width, !done, out);
+        }
+    }
+}
+
+// The sums of the lanes of four vectors.
+inline void sums(const Vector& a, const Vector& b, const Vector& c, const Vector& d, float* out) {
+#if defined(__AVX__)
+    const auto folded = [](const Vector& v) {
+#if defined(__AVX512F__)
+        return _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                             _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+#else
+        return (__m256)v;
+#endif
+    };
+    const __m256 parts = _mm256_hadd_ps(_mm256_hadd_ps(folded(a), folded(b)), _mm256_hadd_ps(folded(c), folded(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(parts), _mm256_extractf128_ps(parts, 1)));
+#else
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+#endif
+}
+
+// A vector that is used several times, in a register; compilers prefer to load it anew for each use.
+inline Vector kept(Vector v) {
+#if defined(__AVX__)
+    asm("" : "+x"(v));
+#endif
+    return v;
 }
 
 // Scores of kTokens inputs against kKeys keys (fp32), which share what they load.
@@ -126,17 +190,26 @@ inline void tile(const float* keys, const float* const* x, int64_t width, float*
     int64_t i = 0;
     for (; i + kLanes <= width; i += kLanes) {
         Vector of_token[kTokens];
-        for (int t = 0; t < kTokens; ++t) of_token[t] = load(x[t] + i);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) of_token[t] = kept(load(x[t] + i));
+#pragma GCC unroll 4
         for (int k = 0; k < kKeys; ++k) {
-            const Vector key = load(keys + k * width + i);
+            const Vector key = kept(load(keys + k * width + i));
+#pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t) total[k][t] = fused(key, of_token[t], total[k][t]);
         }
     }
-    for (int k = 0; k < kKeys; ++k) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+        if constexpr (kKeys == 4) {
+            sums(total[0][t], total[1][t], total[2][t], total[3][t], out[t]);
+        } else {
+            for (int k = 0; k < kKeys; ++k) out[t][k] = sum(total[k][t]);
+        }
+    }
+    for (; i < width; ++i) {
         for (int t = 0; t < kTokens; ++t) {
-            float score = sum(total[k][t]);
-            for (int64_t j = i; j < width; ++j) score += keys[k * width + j] * x[t][j];
-            out[t][k] = score;
+            for (int k = 0; k < kKeys; ++k) out[t][k] += keys[k * width + i] * x[t][i];
         }
     }
 }
@@ -149,12 +222,33 @@ void tiles(const float* keys, const float* const* x, int64_t tokens, int64_t wid
     if (tokens - t == 1) tile<kKeys, 1>(keys, x + t, width, out + t);
 }
 
-// Inputs that some of an expert's rows are scored for at a time.
-constexpr int64_t kTokensOfTask = 48;
+// Inputs of a task, and those that stay in the first-level cache while some keys in the second-level cache pass by.
+constexpr int64_t kTokensOfTask = 48, kTokensTogether = 6, kKeysTogether = 64;
 
 struct Task {
     int64_t expert, first, last;  // places in the list of pairs
 };
+
+// Scores of inputs x against `keys` (fp32): the j-th of them goes to out[t][j].
+void score_keys(int64_t keys, const float* rows, const float* const* x, int64_t tokens, int64_t width,
+                float* const* out) {
+    constexpr int kKeys = 4;
+    float* here[kTokensTogether];
+    for (int64_t t = 0; t < tokens; t += kTokensTogether) {
+        const int64_t some = std::min(kTokensTogether, tokens - t);
+        std::copy(out + t, out + t + some, here);
+        for (int64_t k = 0; k < keys; k += kKeys, rows += kKeys * width) {
+            switch (std::min<int64_t>(kKeys, keys - k)) {
+                case 4: tiles<4>(rows, x + t, some, width, here); break;
+                case 3: tiles<3>(rows, x + t, some, width, here); break;
+                case 2: tiles<2>(rows, x + t, some, width, here); break;
+                default: tiles<1>(rows, x + t, some, width, here);
+            }
+            for (int64_t i = 0; i < some; ++i) here[i] += kKeys;
+        }
+        rows -= (keys + kKeys - 1) / kKeys * kKeys * width;
+    }
+}
 
 template <typename Row>
 void score_experts(int64_t tokens, int64_t per_token, int64_t width, int64_t num_experts, int64_t expert_rows,
@@ -172,8 +266,7 @@ void score_experts(int64_t tokens, int64_t per_token, int64_t width, int64_t num
     for (int64_t p = 0; p < pairs; ++p) order[ends[experts[p]]++] = p;
 #pragma omp parallel num_threads(threads)
     {
-        constexpr int kKeys = 4;
-        std::vector<float> some(kKeys * width);
+        std::vector<float> wide(sizeof(Row) == sizeof(float) ? 0 : kKeysTogether * width);
         const float* inputs[kTokensOfTask];
         float* outputs[kTokensOfTask];
 #pragma omp for schedule(dynamic)
@@ -181,24 +274,17 @@ void score_experts(int64_t tokens, int64_t per_token, int64_t width, int64_t num
             const Task& task = tasks[number];
             const int64_t count = task.last - task.first;
             for (int64_t i = 0; i < count; ++i) inputs[i] = x + order[task.first + i] / per_token * width;
-            for (int64_t k = 0; k < expert_rows; k += kKeys) {
-                const int64_t here = std::min<int64_t>(kKeys, expert_rows - k);
+            for (int64_t k = 0; k < expert_rows; k += kKeysTogether) {
+                const int64_t here = std::min(kKeysTogether, expert_rows - k);
                 const Row* rows = keys + (task.expert * expert_rows + k) * width;
-                const float* wide;
+                for (int64_t i = 0; i < count; ++i) outputs[i] = out + order[task.first + i] * expert_rows + k;
                 if constexpr (sizeof(Row) == sizeof(float)) {
-                    wide = rows;
+                    score_keys(here, rows, inputs, count, width, outputs);
                 } else {
                     int64_t i = 0;
-                    for (; i + kLanes <= here * width; i += kLanes) store(some.data() + i, load(rows + i));
-                    for (; i < here * width; ++i) some[i] = scalar(rows[i]);
-                    wide = some.data();
-                }
-                for (int64_t i = 0; i < count; ++i) outputs[i] = out + order[task.first + i] * expert_rows + k;
-                switch (here) {
-                    case 4: tiles<4>(wide, inputs, count, width, outputs); break;
-                    case 3: tiles<3>(wide, inputs, count, width, outputs); break;
-                    case 2: tiles<2>(wide, inputs, count, width, outputs); break;
-                    default: tiles<1>(wide, inputs, count, width, outputs);
+                    for (; i + kLanes <= here * width; i += kLanes) store(wide.data() + i, load(rows + i));
+                    for (; i < here * width; ++i) wide[i] = scalar(rows[i]);
+                    score_keys(here, wide.data(), inputs, count, width, outputs);
                 }
             }
         }
@@ -229,31 +315,35 @@ inline void largest(const int32_t* ranks, int64_t count, int64_t k, int32_t* scr
     }
 }
 
-template <typename Value, typename Key>
-void way_back(int64_t tokens, int64_t top_k, int64_t per_token, int64_t width, const float* grad_y, const float* scores,
-              const float* gates, const int64_t* value_ids, const Value* values, const int64_t* key_ids, const Key* keys,
-              const int64_t* slots, const uint8_t* valid, float* grad_x, float* grad_gates, float* activations,
-              float* grad_scores, int threads) {
+// Row by row, so that each value is read once; what tokens have is small enough to stay in caches.
+template <typename Value>
+void row_gradients(int64_t rows, int64_t top_k, int64_t per_token, int64_t width, const int64_t* ends,
+                   const int64_t* picks, const int64_t* ids, const Value* values, const float* grad_y, const float* x,
+                   const float* scores, const float* gates, const int64_t* slots, float* grad_z, float* grad_scores,
+                   float* grad_values, double* value_norms, float* grad_keys, double* key_norms, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> weights(top_k);
-        std::vector<int64_t> ids(top_k);
+        std::vector<float> activations, of_scores, total(width);
+        std::vector<int64_t> tokens;
+        const auto finish = [&](const std::vector<float>& weights, const float* lines, int64_t row, float* out,
+                                double* norms) {
+            combine(static_cast<int>(weights.size()), weights.data(), tokens.data(), lines, width, total.data());
+            norms[row] = squared_norm(total.data(), width);
+            copy_past_caches(total.data(), width, out + row * width);
+        };
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; ++t) {
-            int count = 0;
-            for (int64_t s = 0; s < per_token; ++s) grad_gates[t * per_token + s] = 0.0f;
-            for (int64_t p = t * top_k; p < (t + 1) * top_k; ++p) {
-                activations[p] = grad_scores[p] = 0.0f;
-                if (!valid[p]) continue;
-                const float gate = gates[t * per_token + slots[p]];
-                const float grad_z = dot(grad_y + t * width, values + value_ids[p] * width, width);
-                activations[p] = scores[p] * gate;
-                grad_scores[p] = grad_z * gate;
-                grad_gates[t * per_token + slots[p]] += grad_z * scores[p];
-                weights[count] = grad_scores[p];
-                ids[count++] = key_ids[p];
+        for (int64_t row = 0; row < rows; ++row) {
+            if (row + 1 < rows) prefetch(values + ids[row + 1] * width, width);
+            activations.clear(), of_scores.clear(), tokens.clear();
+            for (int64_t i = row ? ends[row - 1] : 0; i < ends[row]; ++i) {
+                const int64_t p = picks[i], token = p / top_k;
+                const float gate = gates[token * per_token + slots[p]];
+                grad_z[p] = dot(grad_y + token * width, values + ids[row] * width, width);
+                grad_scores[p] = grad_z[p] * gate;
+                activations.push_back(scores[p] * gate), of_scores.push_back(grad_scores[p]), tokens.push_back(token);
             }
-            combine(count, weights.data(), ids.data(), keys, width, grad_x + t * width);
+            finish(activations, grad_y, row, grad_values, value_norms);
+            finish(of_scores, x, row, grad_keys, key_norms);
         }
     }
 }
@@ -369,22 +459,6 @@ void meft_score_picks(int64_t tokens, int64_t k, int64_t width, const float* x, 
     bf16 ? run(uint16_t{}) : run(float{});
 }
 
-// What a token's output gradient makes of its picks: the gradients of its input and gates, and of each pick's score,
-// with its activation; [tokens, width], [tokens, per_token], [tokens, k], [tokens, k].
-void meft_way_back(int64_t tokens, int64_t k, int64_t per_token, int64_t width, const float* grad_y, const float* scores,
-                   const float* gates, const int64_t* value_ids, const void* values, int32_t values_bf16,
-                   const int64_t* key_ids, const void* keys, int32_t keys_bf16, const int64_t* slots,
-                   const uint8_t* valid, float* grad_x, float* grad_gates, float* activations, float* grad_scores,
-                   int32_t threads) {
-    const auto run = [&](auto value, auto key) {
-        way_back(tokens, k, per_token, width, grad_y, scores, gates, value_ids,
-                 static_cast<const decltype(value)*>(values), key_ids, static_cast<const decltype(key)*>(keys), slots,
-                 valid, grad_x, grad_gates, activations, grad_scores, threads);
-    };
-    if (values_bf16) return keys_bf16 ? run(uint16_t{}, uint16_t{}) : run(uint16_t{}, float{});
-    return keys_bf16 ? run(float{}, uint16_t{}) : run(float{}, float{});
-}
-
 // The distinct rows among `row_ids` [count] where `valid`, ascending, and each pick's place among them (0 where not).
 // Returns how many there are.
 int64_t meft_index_rows(int64_t count, int64_t rows, const int64_t* row_ids, const uint8_t* valid, int64_t* active,
@@ -428,23 +502,20 @@ void meft_picks_of_rows(int64_t count, int64_t rows, const int64_t* picks, const
     }
 }
 
-// out [rows, width]: each row's sum of the lines of x [tokens, width] that its picks stand for. `ends` [rows]: where a
-// row's picks end in `picks`, which holds places of `weights` [tokens, k].
-void meft_combine_tokens(int64_t rows, int64_t k, int64_t width, const int64_t* ends, const int64_t* picks,
-                         const float* weights, const float* x, float* out, int32_t threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> own;
-        std::vector<int64_t> tokens;
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t first = row ? ends[row - 1] : 0, count = ends[row] - first;
-            own.resize(count), tokens.resize(count);
-            for (int64_t i = 0; i < count; ++i) {
-                own[i] = weights[picks[first + i]], tokens[i] = picks[first + i] / k;
-            }
-            combine(static_cast<int>(count), own.data(), tokens.data(), x, width, out + row * width);
-        }
-    }
+// The way back through values and activations. Row j of the call is line ids[j] of the table of values, and its picks end
+// in `picks` at ends[j]; a pick is a place in [tokens, k], where its score, slot and gradients are. Gives the gradients
+// of z and of the scores [tokens, k], which are left alone where there is no pick, and those of the rows [rows, width]
+// with the squares of their norms [rows].
+void meft_row_gradients(int64_t rows, int64_t k, int64_t per_token, int64_t width, const int64_t* ends,
+                        const int64_t* picks, const int64_t* ids, const void* values, int32_t bf16, const float* grad_y,
+                        const float* x, const float* scores, const float* gates, const int64_t* slots, float* grad_z,
+                        float* grad_scores, float* grad_values, double* value_norms, float* grad_keys,
+                        double* key_norms, int32_t threads) {
+    const auto run = [&](auto value) {
+        row_gradients(rows, k, per_token, width, ends, picks, ids, static_cast<const decltype(value)*>(values), grad_y,
+                      x, scores, gates, slots, grad_z, grad_scores, grad_values, value_norms, grad_keys, key_norms,
+                      threads);
+    };
+    bf16 ? run(uint16_t{}) : run(float{});
 }
 }

@@ -67,6 +67,7 @@ class ApplyRows(torch.autograd.Function):
         ):
             passes, room = token_passes(x.device), values.room_for_gradients
             found = passes.gradients(grad_y, x, scores, gates, value_rows, key_rows, selection, room)
-        values.accumulate(active, found.values)
-        keys.accumulate(active, found.keys)
+        of_values, of_keys = found.squared_norms or (None, None)
+        values.accumulate(active, found.values, of_values)
+        keys.accumulate(active, found.keys, of_keys)
         return found.x, found.gates, None, None, None, None, None, *(torch.zeros_like(a) for a in anchors)

@@ -37,13 +37,21 @@ class GradientAccumulator:
         self._rows: Tensor | None = None
         self._grad: Tensor | None = None
         self._used = 0
+        self._norms: tuple[Tensor, int] | None = None
 
-    def add(self, rows: Tensor, grad: Tensor) -> None:
-        """Add ``grad`` [n, d] float32 of ``rows`` [n] int64 (no two equal). The first tensors are kept, not copied."""
+    def add(self, rows: Tensor, grad: Tensor, squared_norms: Tensor | None = None) -> None:
+        """Add ``grad`` [n, d] float32 of ``rows`` [n] int64 (no two equal). The first tensors are kept, not copied.
+
+        Args:
+            squared_norms: [n] float64, of the rows of ``grad``, where they are known.
+        """
         if self._rows is None:
             self._rows, self._grad, self._used = rows, grad, rows.numel()
             self._mapped = False
+            # Whoever looks at the sum may change it in place, which the version tells.
+            self._norms = (squared_norms, grad._version) if squared_norms is not None else None
             return
+        self._norms = None
         slots, fresh = self._slots(rows)
         row_passes().accumulate_rows(self._grad, slots, fresh, grad, threads=self.threads)
 
@@ -52,6 +60,15 @@ class GradientAccumulator:
         if self._rows is None:
             return None
         return RowGradient(self._rows[: self._used], self._grad[: self._used])
+
+    def squared_norm(self) -> float:
+        """Of the sum; 0 of nothing, NaN if any of it is."""
+        if self._rows is None:
+            return 0.0
+        grad = self._grad[: self._used]
+        if self._norms is not None and self._norms[1] == grad._version:
+            return float(self._norms[0].sum())
+        return float(row_passes().squared_norms(grad, threads=self.threads).sum())
 
     def _slots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Where in the buffer each row's sum is or shall be, and which rows are new there."""

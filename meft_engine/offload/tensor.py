@@ -395,11 +395,12 @@ class PartiallyOffloadedTensor:
 
     # Gradients
 
-    def accumulate(self, rows: Tensor, grad: Tensor) -> None:
+    def accumulate(self, rows: Tensor, grad: Tensor, squared_norms: Tensor | None = None) -> None:
         """Add the gradient of some rows. Rows not named get none; the sum follows the order of the calls.
 
         Args:
             rows: [n] int64, no two equal. grad: [n, d]; the tensor is taken over, not copied.
+            squared_norms: [n] float64, of the rows of ``grad``, where they are known.
 
         Raises:
             IndexError: for rows that the table does not have.
@@ -411,7 +412,7 @@ class PartiallyOffloadedTensor:
         least, most = int(rows.min()), int(rows.max())
         if least < 0 or most >= self.rows:
             raise IndexError(f"{self.name} has {self.rows} rows; a gradient names rows {least} to {most}")
-        self._gradient.add(rows, grad)
+        self._gradient.add(rows, grad, squared_norms)
 
     def room_for_gradients(self, *shape: int) -> Tensor:
         """An empty float32 tensor on the host, for :meth:`accumulate` to take over."""
@@ -420,6 +421,10 @@ class PartiallyOffloadedTensor:
     def gradient(self) -> RowGradient | None:
         """What has been accumulated since the last :meth:`clear_gradient`; ``None`` if nothing."""
         return self._gradient.sum()
+
+    def squared_gradient_norm(self) -> float:
+        """Of what has been accumulated; 0 if nothing, NaN if any of it is."""
+        return self._gradient.squared_norm()
 
     def replace_gradient(self, rows: Tensor, grad: Tensor) -> None:
         """Put what all ranks have accumulated for this rank's rows in the place of what this rank has accumulated.

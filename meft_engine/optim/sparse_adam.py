@@ -181,8 +181,7 @@ class SparseCPUAdam(torch.optim.Optimizer):
 
     def squared_gradient_norm(self) -> float:
         """Its square, NaN if any gradient is."""
-        found = [(g.grad, t.threads) for t in self.tables() if (g := t.gradient()) is not None]
-        return sum(float(row_passes().squared_norms(grad, threads=threads).sum()) for grad, threads in found)
+        return sum(table.squared_gradient_norm() for table in self.tables())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the accumulated row gradients."""

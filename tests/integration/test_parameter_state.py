@@ -98,7 +98,7 @@ def go_on(engine: Any, saved: Run, through: Run, *, exact: bool) -> None:
         assert losses == through.losses
         assert differing(final, through.final) == []
     else:
-        assert losses == pytest.approx(through.losses, abs=1e-6)
+        assert losses == pytest.approx(through.losses, rel=1e-6)
         assert largest_difference(final, through.final) < 1e-6
     engine.destroy()
 

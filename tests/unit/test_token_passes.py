@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -78,7 +80,9 @@ def test_picks_and_the_way_back(width, dtype):
     leaves = [t.double().requires_grad_() for t in (x, gates, wide[0].table, wide[1].table)]
     in_double = way_forward(*leaves, selection, scores.double())
     (in_double * grad_y.double()).sum().backward()
-    for ours, leaf in zip(found, leaves, strict=True):
+    for norms, rows in zip(found.squared_norms, (found.values, found.keys), strict=True):
+        assert torch.allclose(norms, rows.double().square().sum(1), rtol=1e-12)
+    for ours, leaf in zip(found[:4], leaves, strict=True):
         assert near(ours, leaf.grad, 9 * max(width, 37))
 
 
@@ -88,6 +92,12 @@ def way_forward(x: Tensor, gates: Tensor, values: Tensor, keys: Tensor, selectio
     raw = depend - depend.detach() + scores
     z = torch.where(selection.valid, raw * gates.gather(1, selection.slots), 0)
     return (z[:, :, None] * values[selection.picks]).sum(1)
+
+
+def way_back(*arguments: Any) -> list[Tensor]:
+    """All that it gives."""
+    found = native_sparse.gradients(*arguments)
+    return [*found[:4], *found.squared_norms]
 
 
 def test_arguments_that_are_not_contiguous():
@@ -103,8 +113,8 @@ def test_arguments_that_are_not_contiguous():
         ),
         (native_sparse.score_picks(x, at[1], selection), native_sparse.score_picks(x.contiguous(), at[1], selection)),
         *zip(
-            native_sparse.gradients(x, x, scores, gates, *at, selection),
-            native_sparse.gradients(*(t.contiguous() for t in (x, x, scores, gates)), *at, selection),
+            way_back(x, x, scores, gates, *at, selection),
+            way_back(*(t.contiguous() for t in (x, x, scores, gates)), *at, selection),
             strict=True,
         ),
     ):
@@ -118,8 +128,8 @@ def test_a_copy_of_the_values_beside_keys_in_place():
     scores, gates = torch.where(selection.valid, torch.rand(11, 4), 0), torch.rand(11, 3)
     key_rows = RowsAt(keys, selection.active)
     copies = RowsAt(values[selection.active].float(), None)
-    found = native_sparse.gradients(grad_y, x, scores, gates, copies, key_rows, selection)
-    in_place = native_sparse.gradients(grad_y, x, scores, gates, RowsAt(values, selection.active), key_rows, selection)
+    found = way_back(grad_y, x, scores, gates, copies, key_rows, selection)
+    in_place = way_back(grad_y, x, scores, gates, RowsAt(values, selection.active), key_rows, selection)
     assert all(torch.equal(one, other) for one, other in zip(found, in_place, strict=True))
 
 
@@ -135,7 +145,7 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
             native_sparse.score_experts(x, keys, experts, 4),
             native_sparse.combine_rows(scores, at[0], selection),
             native_sparse.score_picks(x, at[1], selection),
-            *native_sparse.gradients(grad_y, x, scores, gates, *at, selection),
+            *way_back(grad_y, x, scores, gates, *at, selection),
         ]
 
     one = everything(1)
