@@ -1,7 +1,7 @@
 """A training step of SmolLM2-135M beside the frozen base alone: MEFT, a dense adapter under ZeRO-Offload, LoRA.
 
 Each contestant has a process of its own; those that are compared take turns, so that whatever else the machine does is
-felt by all. Writes a CSV and pictures; the last line is one JSON object. See README.md in this folder.
+felt by all. Writes CSVs and a picture; the last line is one JSON object. See README.md in this folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from machine import describe
+from machine import describe, footnote
 from rich.console import Console
 from rich.table import Table
 from step_contestant import Contestant, serve
+from step_floor import Machine, Part, parts
 from tqdm import tqdm
 
 from meft_engine.cores import rank_cores
@@ -51,18 +52,27 @@ def growing(rows: int, layers: int = 0) -> Contestant:
     return Contestant("meft", rows, layers, rows // EXPERT_ROWS, cap=CAP)
 
 
-# Each line is compared within itself.
-PLAN: dict[str, list[Contestant]] = {
-    "default": [BASE, DEFAULT, WIDE_K, DENSE, LORA],
-    "rows": [BASE, *(Contestant("meft", rows) for rows in (1024, 2048, 4096, 16384, 32768))],
-    "dense": [BASE, Contestant("dense", 1024), Contestant("dense", 4096)],
-    "growth": [BASE, *(growing(rows) for rows in (4096, 8192, 16384, 32768))],
-    "growth, ten layers": [growing(rows, 10) for rows in (4096, 16384, 65536)],
-    "growth, two layers": [growing(rows, 2) for rows in (4096, 65536, 262144)],
-    "tokens": [
-        dataclasses.replace(contestant, sequences=sequences) for sequences in (2, 32) for contestant in (BASE, DEFAULT)
-    ],
-    "touched rows": [BASE, *(dataclasses.replace(DEFAULT, cap=cap) for cap in (256, 512, 1024, 2048))],
+@dataclass(frozen=True)
+class Line:
+    """Contestants that take turns, and how many; no more of them than fit into 24 GB side by side."""
+
+    contestants: list[Contestant]
+    rounds: int = 2
+
+
+PLAN: dict[str, Line] = {
+    "default": Line([BASE, DEFAULT, LORA], 9),
+    "zero offload": Line([DEFAULT, DENSE], 3),
+    "K = 64": Line([BASE, WIDE_K], 3),
+    "growth": Line([growing(4096), growing(32768)], 5),
+    "growth, between": Line([growing(8192), growing(16384)]),
+    "growth, ten layers": Line([growing(rows, 10) for rows in (4096, 16384, 65536)]),
+    "growth, two layers": Line([growing(rows, 2) for rows in (4096, 65536, 262144)]),
+    "rows": Line([Contestant("meft", rows) for rows in (1024, 2048, 4096, 16384)]),
+    "rows, most": Line([Contestant("meft", 32768)]),
+    "dense": Line([Contestant("dense", 1024), Contestant("dense", 4096)], 1),
+    "tokens": Line([dataclasses.replace(c, sequences=count) for count in (2, 16) for c in (BASE, DEFAULT)]),
+    "touched rows": Line([dataclasses.replace(DEFAULT, cap=cap) for cap in (512, 1024, 2048)]),
 }
 
 
@@ -86,46 +96,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="whether it runs: few steps of a few contestants")
     parser.add_argument("--only", nargs="*", choices=[*PLAN], help="these lines of the plan alone")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
-    parser.add_argument("--steps", type=int, default=2, help="steps in a turn, besides one that is not counted")
+    parser.add_argument("--steps", type=int, default=1, help="steps in a turn, besides one that is not counted")
     parser.add_argument("--threads", type=int, default=len(rank_cores()))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     out = arguments.out or (HERE.parent / "runs" / "step" if arguments.quick else HERE / "results")
-    plan, rounds, steps = PLAN, arguments.rounds, arguments.steps
+    plan, steps = PLAN, arguments.steps
     if arguments.quick:
-        plan, rounds, steps = {"default": [BASE, DEFAULT, DENSE], "growth": PLAN["growth"][1::3]}, 1, 1
-    plan = {case: contestants for case, contestants in plan.items() if case in (arguments.only or plan)}
+        plan, steps = {"default": Line([BASE, Contestant("meft", 1024, layers=2)], 1)}, 1
+    plan = {case: line for case, line in plan.items() if case in (arguments.only or plan)}
 
     from model_zoo import smollm2
 
     model = str(smollm2())
+    torch.set_num_threads(arguments.threads)
+    machine = Machine.measure()
     found: list[Measured] = []
-    with tqdm(total=rounds * sum(map(len, plan.values())), unit="turn") as bar:
-        for case, contestants in plan.items():
+    with tqdm(total=sum(line.rounds * len(line.contestants) for line in plan.values()), unit="turn") as bar:
+        for case, line in plan.items():
             bar.set_description(case)
-            for measured in compare(case, contestants, model, rounds, steps, arguments.threads, bar):
+            for measured in compare(case, line, model, steps, arguments.threads, bar):
                 found.append(measured)
-                bar.write(line(measured), file=sys.stdout)
+                bar.write(sentence(measured), file=sys.stdout)
     figures = figures_of(found)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "step.csv", found)
-    (out / "step_machine.txt").write_text("\n".join(describe(arguments.threads)) + "\n", encoding="utf-8")
+    profile = profile_of(found, machine)
+    write_profile(out / "step_profile.csv", profile)
+    facts = [f"{machine.bytes_per_second / 1e9:.1f} GB/s copied, {machine.flops_per_second / 1e9:.0f} GFLOP/s in fp32"]
+    (out / "step_machine.txt").write_text("\n".join(describe(arguments.threads) + facts) + "\n", encoding="utf-8")
+    picture(out / "step.png", found, profile, footnote(arguments.threads))
     show(figures)
     print(json.dumps(figures))
 
 
-def compare(
-    case: str, contestants: Sequence[Contestant], model: str, rounds: int, steps: int, threads: int, bar: Any
-) -> list[Measured]:
+def compare(case: str, line: Line, model: str, steps: int, threads: int, bar: Any) -> list[Measured]:
     """Let them take turns."""
     text = tokens(model)
     with ExitStack() as processes:
-        pipes = [processes.enter_context(running(c, model, text, threads)) for c in contestants]
-        measured = [Measured(case, contestant) for contestant in contestants]
+        pipes = [processes.enter_context(running(c, model, text, threads)) for c in line.contestants]
+        measured = [Measured(case, contestant) for contestant in line.contestants]
         for pipe in pipes:
-            ask(pipe, "steps", 2)  # compiles, allocates, warms up
-        for _ in range(rounds):
+            ask(pipe, "steps", 1)  # compiles, allocates
+        for _ in range(line.rounds):
             for pipe, one in zip(pipes, measured, strict=True):
                 ask(pipe, "steps", 1)
                 one.seconds.append(ask(pipe, "steps", steps))
@@ -175,11 +188,13 @@ def figures_of(found: Sequence[Measured]) -> dict[str, float | None]:
     by = {(one.case, one.contestant): one for one in found}
 
     def ratio(case: str, above: Contestant, below: Contestant) -> float | None:
+        """The median over rounds, in each of which both have felt the same machine."""
         pair = by.get((case, above)), by.get((case, below))
-        return round(pair[0].median / pair[1].median, 4) if all(pair) else None
+        return round(float(np.median(np.divide(*(one.seconds for one in pair)))), 4) if all(pair) else None
 
     def host_ratio(kind: str) -> float | None:
-        base, ours, dense = (by.get(("default", c)) for c in (BASE, DEFAULT, DENSE))
+        pairs = (("default", BASE), ("zero offload", DEFAULT), ("zero offload", DENSE))
+        base, ours, dense = (by.get(pair) for pair in pairs)
         if not (base and ours and dense):
             return None
         ours, dense = (one.figures[kind] - base.figures[kind] for one in (ours, dense))
@@ -187,8 +202,8 @@ def figures_of(found: Sequence[Measured]) -> dict[str, float | None]:
 
     return {
         "meft_over_base_8192": ratio("default", DEFAULT, BASE),
-        "meft_over_base_8192_k64": ratio("default", WIDE_K, BASE),
-        "zero_offload_over_meft_8192": ratio("default", DENSE, DEFAULT),
+        "meft_over_base_8192_k64": ratio("K = 64", WIDE_K, BASE),
+        "zero_offload_over_meft_8192": ratio("zero offload", DENSE, DEFAULT),
         "lora_over_base": ratio("default", LORA, BASE),
         "growth_4096_32768": ratio("growth", growing(32768), growing(4096)),
         "growth_10_layers_4096_65536": ratio("growth, ten layers", growing(65536, 10), growing(4096, 10)),
@@ -198,7 +213,7 @@ def figures_of(found: Sequence[Measured]) -> dict[str, float | None]:
     }
 
 
-def line(one: Measured) -> str:
+def sentence(one: Measured) -> str:
     """A contestant for people."""
     phases = ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in one.figures["phases"].items())
     return (
@@ -217,6 +232,59 @@ def show(figures: dict[str, float | None]) -> None:
         reached = "" if not sign or value is None else "reached" if _reached(value, sign, limit) else "missed"
         table.add_row(name, "not measured" if value is None else f"{value:.3g}", f"{sign} {limit}", reached)
     Console(width=120).print(table)
+
+
+def profile_of(found: Sequence[Measured], machine: Machine) -> list[tuple[Part, float, float]]:
+    """Of the default contestant: each part, its seconds, and its floor."""
+    one = next((one for one in found if one.contestant == DEFAULT), None)
+    if one is None:
+        return []
+    shape = one.figures["shape"]
+    tokens_of_step = DEFAULT.sequences * DEFAULT.length
+    listed = parts(tokens=tokens_of_step, touched=one.figures["touched_share"], **shape)
+    return [(part, one.figures["phases"].get(part.phase, 0.0), part.floor(machine)) for part in listed]
+
+
+def write_profile(path: Path, profile: Sequence[tuple[Part, float, float]]) -> None:
+    """A line for each part. The measured backward holds that of the frozen model."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["phase", "what", "mib", "gflop", "floor_ms", "measured_ms"])
+        for part, seconds, floor in profile:
+            sizes = f"{part.moved / 2**20:.1f}", f"{part.flops / 1e9:.2f}", f"{floor * 1e3:.1f}", f"{seconds * 1e3:.1f}"
+            writer.writerow([part.phase, part.what, *sizes])
+
+
+def picture(path: Path, found: Sequence[Measured], profile: Sequence[tuple[Part, float, float]], note: str) -> None:
+    """Draw what was measured."""
+    from step_plot import draw
+
+    ms = 1e3
+    cases = ("dense", "K = 64", "zero offload", "default")  # of one that is in several the last, measured most often
+    shown = {one.contestant: one for case in cases for one in found if one.case == case}
+    grown = {
+        "all layers, touched rows fixed": ("growth", "growth, between"),
+        "ten layers, touched rows fixed": ("growth, ten layers",),
+        "two layers, touched rows fixed": ("growth, two layers",),
+        "all layers, √r experts, touched as may be": ("rows", "rows, most", "zero offload"),
+    }
+
+    def by_rows(cases: Sequence[str], value: Callable[[Measured], float]) -> list[tuple[float, float]]:
+        lines = [one for one in found if one.case in cases and one.contestant.method == "meft"]
+        return [(one.contestant.rows, value(one)) for one in lines]
+
+    everywhere = grown["all layers, √r experts, touched as may be"]
+    draw(
+        path,
+        [(c.name, c.method, one.median * ms) for c, one in sorted(shown.items(), key=lambda item: item[1].median)],
+        {name: by_rows(cases, lambda one: one.median * ms) for name, cases in grown.items()},
+        {
+            "host: rows and moments": by_rows(everywhere, lambda one: one.figures["counted_bytes"] / 2**20),
+            "what an accelerator would hold": by_rows(everywhere, lambda one: one.figures["device_bytes"] / 2**20),
+        },
+        [(part.phase, seconds * ms, floor * ms) for part, seconds, floor in profile if part.phase != "backward"],
+        note,
+    )
 
 
 def _reached(value: float, sign: str, limit: float) -> bool:

@@ -110,11 +110,25 @@ class _Trained:
             "device_bytes": report.get("device_bytes", 0),
             "touched_share": report.get("touched_share") or 0.0,
             "phases": self._phases,
+            "shape": self._shape() if report else {},
         }
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.destroy()
+
+    def _shape(self) -> dict[str, int]:
+        adapters = self._engine.meft_adapters.adapters
+        block, keys = self._engine.meft_config.adapter, next(iter(adapters.values())).keys
+        return {
+            "layers": len(adapters),
+            "width": keys.width,
+            "rows": keys.rows,
+            "experts": block.resolved_num_experts,
+            "per_token": block.experts_per_token,
+            "top_k": block.top_k,
+            "size": keys.compute_dtype.itemsize,
+        }
 
     def _step(self) -> None:
         c = self._contestant

@@ -228,8 +228,10 @@ class OptimizerConfig(_Section):
     """Precision of the moments: 8 bytes a parameter in fp32; 4 in bf16, which is rounded stochastically."""
 
     overlap: bool | None = None
-    """Update rows on a thread of their own while the next forward runs. The results are the same, bit for bit. ``None``:
-    where the model computes on an accelerator; on a CPU both would only take the cores from one another."""
+    """Update rows on a thread of their own while the next forward runs. The results are the same, bit for bit.
+
+    ``None``: where the model computes on an accelerator; on a CPU both would only take the cores from one another.
+    """
 
     max_staleness: int = Field(0, ge=0, le=1)
     """1: let a training forward read rows that still miss the last update (then results depend on timing)."""

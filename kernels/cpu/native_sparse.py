@@ -126,7 +126,6 @@ def gradients(
 ) -> PickGradients:
     """As :func:`meft_kernels.sparse.gradients`."""
     (tokens, top_k), (width, per_token) = selection.picks.shape, (x.shape[1], gates.shape[1])
-    grad_x, grad_gates = torch.zeros(tokens, width), torch.zeros(tokens, per_token)
     active = selection.active.numel()
     if not active:
         nothing = torch.zeros(0, width)

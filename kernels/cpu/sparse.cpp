@@ -70,6 +70,13 @@ inline void copy_past_caches(const float* from, int64_t count, float* to) {
     std::copy(from + i, from + count, to + i);
 }
 
+// Such copies of this thread are seen by others from here on.
+inline void publish_copies() {
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
+}
+
 inline float scalar(float x) { return x; }
 inline float scalar(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -345,6 +352,7 @@ void row_gradients(int64_t rows, int64_t top_k, int64_t per_token, int64_t width
             finish(activations, grad_y, row, grad_values, value_norms);
             finish(of_scores, x, row, grad_keys, key_norms);
         }
+        publish_copies();
     }
 }
 

@@ -25,7 +25,7 @@ DESIGNED = json.loads("""{
   "router": { "lr_scale": 1.0, "balance": "loss", "balance_coef": 0.01, "z_loss_coef": 0.0 },
   "active_rows": { "cap": null, "on_overflow": "keep_largest" },
   "offload": { "compute_dtype": null, "pin_memory": true, "huge_pages": true },
-  "optimizer": { "lr_scale": 1.0, "value_lr_scale": 4.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": true,
+  "optimizer": { "lr_scale": 1.0, "value_lr_scale": 4.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": null,
                  "max_staleness": 0, "num_threads": null, "worker_timeout": 10.0 },
   "communication": { "dtype": "fp32", "timeout": 300.0 },
   "checkpoint": { "async_save": false, "snapshot_bytes": null, "save_base": false, "keep_last": null },
@@ -232,6 +232,16 @@ def test_resolved_values_go_through_json_and_back(block):
     for section, given_values in block.items():
         if isinstance(given_values, dict):
             assert given_values.items() <= resolved[section].items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_cpu", "on_gpu"),
+    [({}, False, True), ({"overlap": True}, True, True), ({"overlap": False}, False, False)]
+    + [({"max_staleness": 1}, True, True)],
+)
+def test_updates_overlap_where_the_cores_have_nothing_else_to_do(settings, on_cpu, on_gpu):
+    chosen = MeftConfig.from_block({"enabled": True, "optimizer": settings}).optimizer
+    assert (chosen.overlaps("cpu"), chosen.overlaps("cuda:0")) == (on_cpu, on_gpu)
 
 
 def test_absent_and_disabled_blocks_are_none():

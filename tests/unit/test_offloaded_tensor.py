@@ -181,6 +181,27 @@ def test_the_first_gradient_is_taken_over_and_later_ones_are_only_read(second):
     assert torch.equal(tensor.gradient().grad, expected[tensor.gradient().rows])
 
 
+def test_norms_that_came_with_a_gradient_hold_until_it_changes():
+    tensor, rows, grad = table(), torch.tensor([1, 5, 30]), whole(3, WIDTH)
+    assert tensor.squared_gradient_norm() == 0.0
+    tensor.accumulate(rows, grad, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    assert tensor.squared_gradient_norm() == 7.0  # as given, which nobody else would say
+    tensor.gradient().grad[0, 3] = 100.0
+    assert tensor.squared_gradient_norm() == float(grad.double().square().sum())
+    tensor.gradient().grad[2, 0] = math.nan
+    assert math.isnan(tensor.squared_gradient_norm())
+
+    tensor.clear_gradient()
+    assert tensor.squared_gradient_norm() == 0.0
+    first, second = whole(3, WIDTH), whole(3, WIDTH)
+    expected = float((first + second).double().square().sum())
+    for grad in (first, second):
+        tensor.accumulate(rows, grad, torch.ones(3, dtype=torch.float64))
+    assert tensor.squared_gradient_norm() == expected
+    tensor.replace_gradient(rows, whole(3, WIDTH).fill_(2.0))
+    assert tensor.squared_gradient_norm() == 3 * WIDTH * 4.0
+
+
 def test_inference_keeps_no_gradient():
     tensor = table(trainable=False)
     tensor.accumulate(torch.tensor([1]), torch.ones(1, WIDTH))
