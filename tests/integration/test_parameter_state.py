@@ -98,8 +98,9 @@ def go_on(engine: Any, saved: Run, through: Run, *, exact: bool) -> None:
         assert losses == through.losses
         assert differing(final, through.final) == []
     else:
+        # Stages sum in different orders, and a step of Adam makes 0.01 of whatever a gradient near zero is.
         assert losses == pytest.approx(through.losses, rel=1e-6)
-        assert largest_difference(final, through.final) < 1e-6
+        assert largest_difference(final, through.final) < 3e-6
     engine.destroy()
 
 

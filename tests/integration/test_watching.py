@@ -46,19 +46,19 @@ def test_figures_are_of_the_steps_since_the_last_reading():
     assert window.read() == {}, "no step, no figures"
     seen: dict[str, list[int]] = {"active": [], "experts": []}
     for adapter in engine.meft_adapters.adapters.values():
-        adapter.values.gather, original = None, adapter.values.gather
+        adapter.values.rows_at, original = None, adapter.values.rows_at
 
-        def gather(rows: torch.Tensor, *args: Any, original: Any = original, **kwargs: Any) -> torch.Tensor:
+        def rows_at(rows: torch.Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Any:
             seen["active"].append(rows.numel())
             return original(rows, *args, **kwargs)
 
-        adapter.values.gather = gather
+        adapter.values.rows_at = rows_at
     losses = [train_step(engine, [batch(3), batch(4)]), train_step(engine, [batch(5), batch(6)])]
     found = window.read()
     assert FIGURES | {f"seconds/{name}" for name in PHASES} == found.keys() == first.keys()
     assert found["loss"] == pytest.approx(sum(losses) / 2, abs=1e-5)
     assert found["lr"] == 1e-2 and found["grad_norm"] == engine.get_global_grad_norm()
-    # Each active row is gathered in the forward and again in the backward.
+    # Each active row is read in the forward and again in the backward.
     assert len(seen["active"]) == 2 * 3 * 4
     assert found["touched_share"] == pytest.approx(sum(seen["active"]) / len(seen["active"]) / 35)
     assert found["bytes_to_device"] == sum(seen["active"]) * 32 * 4 / 2
@@ -120,7 +120,7 @@ def test_exposed_phases_sum_to_the_step(overlap):
 
 
 def test_waiting_for_an_update_shows_as_such():
-    engine = make_engine()
+    engine = make_engine(sections={"optimizer": {"overlap": True}})
     train_step(engine, [batch(1)])
     original = type(engine.row_optimizer).updates
 
