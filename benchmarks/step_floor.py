@@ -11,7 +11,7 @@ from measure import copy_bandwidth
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast it is: the better of two bounds is what a part is held against."""
+    """How fast it is; a part takes at least as long as its bytes or its operations, whichever take longer."""
 
     bytes_per_second: float
     """Of a copy in memory, read and written."""

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
-_BASE, _OURS, _DENSE, _LORA, _FLOOR = "#999999", "#0072B2", "#D55E00", "#009E73", "#555555"
+_BASE, _OURS, _DENSE, _LORA, _FLOOR = "#999999", "#0072B2", "#D55E00", "#009E73", "#56B4E9"
 _LINES = ("#0072B2", "#E69F00", "#CC79A7", "#009E73")
 
 
@@ -69,7 +69,7 @@ def _growth(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]], unit
 def _profile(axes: Axes, profile: Sequence[tuple[str, float, float]]) -> None:
     names = [name for name, _, _ in profile][::-1]
     axes.barh(names, [ms for _, ms, _ in profile][::-1], color=_OURS, label="measured")
-    axes.barh(names, [floor for _, _, floor in profile][::-1], color="#56B4E9", height=0.4, label="floor")
+    axes.barh(names, [floor for _, _, floor in profile][::-1], color=_FLOOR, height=0.4, label="floor")
     axes.set_xlabel("ms a step")
     axes.legend(frameon=False, fontsize=8)
     axes.margins(x=0.3)

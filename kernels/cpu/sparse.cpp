@@ -112,7 +112,7 @@ inline float dot(const float* x, const Row* row, int64_t width) {
     return total;
 }
 
-// The lines of memory that a processor fetches at a time.
+// Numbers in a line of memory, of which a processor fetches one at a time.
 template <typename Row>
 constexpr int64_t kLine = 64 / sizeof(Row);
 
