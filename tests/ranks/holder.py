@@ -16,22 +16,28 @@ from tests.integration.engines import build_engine, lm_loss
 from tests.ranks.cases import ADAM
 
 ROWS, WIDTH, LAYERS = 16384, 256, 2
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def tables_memory(engine: Any) -> int:
-    """Bytes of this process's part of the mappings that rows, moments and steps lie in: pages that n processes map
-    count for 1/n in each (PSS)."""
+    """Bytes of this process's part of the pages that rows, moments and steps lie in: pages that n processes map count
+    for 1/n in each (PSS).
+
+    The kernel joins private mappings that happen to be neighbours, and says PSS for the whole: what a mapping holds
+    beyond these tensors is not theirs.
+    """
     tensors = [plane for table in engine.row_optimizer.tables() for plane in table.planes() if plane is not None]
     tensors += [value for state in engine.row_optimizer.state.values() for value in state.values()]
-    spans = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
-    total, counts = 0, False
+    storages = {(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) for tensor in tensors}
+    spans = [(start - start % PAGE, -(-(start + size) // PAGE) * PAGE) for start, size in storages]
+    total = ours = 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = line.split()[0]
         if "-" in head and not head.endswith(":"):
             start, stop = (int(end, 16) for end in head.split("-"))
-            counts = any(first < stop and start < last for first, last in spans)
-        elif counts and head == "Pss:":
-            total += 1024 * int(line.split()[1])
+            ours = sum(max(0, min(stop, last) - max(start, first)) for first, last in spans)
+        elif ours and head == "Pss:":
+            total += min(1024 * int(line.split()[1]), ours)
     return total
 
 
