@@ -57,20 +57,20 @@ class Line:
     """Contestants that take turns, and how many; no more of them than fit into 24 GB side by side."""
 
     contestants: list[Contestant]
-    rounds: int = 2
+    rounds: int = 1
 
 
 PLAN: dict[str, Line] = {
     "default": Line([BASE, DEFAULT, LORA], 9),
     "zero offload": Line([DEFAULT, DENSE], 3),
     "K = 64": Line([BASE, WIDE_K], 3),
-    "growth": Line([growing(4096), growing(32768)], 5),
+    "growth": Line([growing(4096), growing(32768)], 9),
     "growth, between": Line([growing(8192), growing(16384)]),
-    "growth, ten layers": Line([growing(rows, 10) for rows in (4096, 16384, 65536)]),
-    "growth, two layers": Line([growing(rows, 2) for rows in (4096, 65536, 262144)]),
+    "growth, ten layers": Line([growing(rows, 10) for rows in (4096, 16384, 65536)], 2),
+    "growth, two layers": Line([growing(rows, 2) for rows in (4096, 65536, 262144)], 2),
     "rows": Line([Contestant("meft", rows) for rows in (1024, 2048, 4096, 16384)]),
     "rows, most": Line([Contestant("meft", 32768)]),
-    "dense": Line([Contestant("dense", 1024), Contestant("dense", 4096)], 1),
+    "dense": Line([Contestant("dense", 1024), Contestant("dense", 4096)]),
     "tokens": Line([dataclasses.replace(c, sequences=count) for count in (2, 16) for c in (BASE, DEFAULT)]),
     "touched rows": Line([dataclasses.replace(DEFAULT, cap=cap) for cap in (512, 1024, 2048)]),
 }
@@ -96,14 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="whether it runs: few steps of a few contestants")
     parser.add_argument("--only", nargs="*", choices=[*PLAN], help="these lines of the plan alone")
-    parser.add_argument("--steps", type=int, default=1, help="steps in a turn, besides one that is not counted")
+    parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
     parser.add_argument("--threads", type=int, default=len(rank_cores()))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     out = arguments.out or (HERE.parent / "runs" / "step" if arguments.quick else HERE / "results")
     plan, steps = PLAN, arguments.steps
     if arguments.quick:
-        plan, steps = {"default": Line([BASE, Contestant("meft", 1024, layers=2)], 1)}, 1
+        plan, steps = {"default": Line([BASE, Contestant("meft", 1024, layers=2)])}, 1
     plan = {case: line for case, line in plan.items() if case in (arguments.only or plan)}
 
     from model_zoo import smollm2
@@ -137,10 +137,9 @@ def compare(case: str, line: Line, model: str, steps: int, threads: int, bar: An
         pipes = [processes.enter_context(running(c, model, text, threads)) for c in line.contestants]
         measured = [Measured(case, contestant) for contestant in line.contestants]
         for pipe in pipes:
-            ask(pipe, "steps", 1)  # compiles, allocates
+            ask(pipe, "steps", 1)  # compiles, allocates; they start side by side
         for _ in range(line.rounds):
             for pipe, one in zip(pipes, measured, strict=True):
-                ask(pipe, "steps", 1)
                 one.seconds.append(ask(pipe, "steps", steps))
                 bar.update()
         for pipe, one in zip(pipes, measured, strict=True):
@@ -150,7 +149,7 @@ def compare(case: str, line: Line, model: str, steps: int, threads: int, bar: An
 
 @contextmanager
 def running(contestant: Contestant, model: str, text: torch.Tensor, threads: int) -> Iterator[Any]:
-    """A process with this contestant; gives the end of its pipe."""
+    """A process with this contestant, which is still starting; gives the end of its pipe."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     with socket.socket() as probe:
@@ -160,7 +159,6 @@ def running(contestant: Contestant, model: str, text: torch.Tensor, threads: int
     process.start()
     there.close()  # so that the end of the process ends what waits for its answer
     try:
-        here.recv()
         yield here
         here.send(None)
         process.join(timeout=60)

@@ -67,7 +67,6 @@ def serve(contestant: Contestant, model_folder: str, text: Tensor, threads: int,
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     trained = _Trained(contestant, model_folder, text)
-    pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         pipe.send(trained.steps(asked[1]) if asked[0] == "steps" else trained.figures())
     trained.close()
