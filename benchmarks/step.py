@@ -118,6 +118,7 @@ def main() -> None:
             for measured in compare(case, line, model, steps, arguments.threads, bar):
                 found.append(measured)
                 bar.write(sentence(measured), file=sys.stdout)
+            machine = machine.at_best(Machine.measure())
     figures = figures_of(found)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "step.csv", found)

@@ -30,6 +30,12 @@ class Machine:
         seconds = sorted(seconds[2:])[repetitions // 2]
         return cls(copy_bandwidth(1 << 26, 7).bandwidth, 2 * tokens * width * wide / seconds)
 
+    def at_best(self, other: Machine) -> Machine:
+        """Of two measurements the faster, which is what a floor has to hold against."""
+        return Machine(
+            max(self.bytes_per_second, other.bytes_per_second), max(self.flops_per_second, other.flops_per_second)
+        )
+
 
 @dataclass(frozen=True)
 class Part:
