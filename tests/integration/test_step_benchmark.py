@@ -69,6 +69,7 @@ def test_floors_count_what_a_part_has_to_move():
     slow_memory, slow_cores = Machine(10.0, 1e30), Machine(1e30, 10.0)
     assert by["combine"].floor(slow_memory) == by["combine"].moved / 10
     assert by["combine"].floor(slow_cores) == by["combine"].flops / 10
+    assert slow_memory.at_best(slow_cores) == slow_cores.at_best(slow_memory) == Machine(1e30, 1e30)
 
 
 def test_results_are_written_and_drawn(tmp_path):
