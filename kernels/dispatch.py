@@ -12,9 +12,9 @@ import torch
 
 from meft_kernels import rows, sparse
 from meft_kernels.cpu import build, native_rows, native_sparse
-from meft_kernels.sparse import Overflow, PickGradients, RowsAt, Selection
+from meft_kernels.sparse import Chosen, Inputs, Overflow, PickGradients, RowsAt, Selection
 
-__all__ = ["Overflow", "PickGradients", "RowsAt", "Selection", "row_passes", "token_passes"]
+__all__ = ["Chosen", "Inputs", "Overflow", "PickGradients", "RowsAt", "Selection", "row_passes", "token_passes"]
 
 
 def row_passes() -> ModuleType:
@@ -23,5 +23,5 @@ def row_passes() -> ModuleType:
 
 
 def token_passes(device: torch.device) -> ModuleType:
-    """The module whose ``route``, ``select`` and so on are the fastest there; see ``kernels/sparse.py``."""
+    """The module whose ``choose_experts``, ``choose_rows`` and so on are the fastest there; see ``kernels/sparse.py``."""
     return native_sparse if device.type == "cpu" and build.library() is not None else sparse

@@ -34,6 +34,33 @@ class Selection:
     """[T, K] bool: false where a token has fewer than K positive activations, or the cap dropped the row."""
 
 
+class Inputs(NamedTuple):
+    """What the adapter reads of a micro-batch, as :func:`inputs` gives it: h − center."""
+
+    h: Tensor
+    """[T, d] of any float dtype."""
+    center: Tensor | None
+    """[d] float32; ``None``: nothing is subtracted."""
+
+    @property
+    def x(self) -> Tensor:
+        """[T, d] float32: the difference."""
+        return self.h.float() if self.center is None else self.h.float() - self.center
+
+
+class Chosen(NamedTuple):
+    """The experts of each token."""
+
+    experts: Tensor
+    """[T, n] int64, ascending."""
+    gates: Tensor
+    """[T, n] float32; NaN where the expert's logit is, which is never used."""
+    counts: Tensor
+    """[N] of an integer dtype: how many tokens chose an expert."""
+    logits: Tensor | None
+    """[T, N] float32, where they are there in any case."""
+
+
 class RowsAt(NamedTuple):
     """The active rows of a selection, where they lie."""
 
@@ -74,6 +101,70 @@ class Overflow:
     """Scalar: total activation of the picks that were kept."""
 
 
+def inputs(h: Tensor, center: Tensor | None) -> Inputs:
+    """What these passes read: h [T, d] of any float dtype less the center [d] float32, subtracted once and for all."""
+    return Inputs(Inputs(h, center).x, None)
+
+
+def choose_experts(
+    given: Inputs,
+    router: Tensor,
+    experts_per_token: int,
+    gate: str,
+    bias: Tensor | None,
+    largest: Callable[[Tensor, int], Tensor] | None = None,
+) -> Chosen:
+    """Each token's n experts of largest logit, and their gates.
+
+    Args:
+        router: [N, d] of any float dtype. gate: ``softmax`` (over the n, times n), ``sigmoid`` or ``none``.
+        bias: [N], added to the logits for the choice but not for the gates. largest: in place of :func:`route`.
+    """
+    logits = logits_of(given, router)
+    experts = (largest or route)(logits if bias is None else logits + bias, experts_per_token)
+    chosen = logits.gather(1, experts)
+    gates = torch.where(chosen.isnan(), chosen, gates_of(chosen, gate))
+    return Chosen(experts, gates, torch.bincount(experts.flatten(), minlength=router.shape[0]), logits)
+
+
+def logits_of(given: Inputs, router: Tensor) -> Tensor:
+    """[T, N] float32: the router's logits."""
+    return F.linear(given.x, router.float())
+
+
+def choose_rows(
+    given: Inputs, keys: Tensor, chosen: Chosen, *, top_k: int, cap: int | None
+) -> tuple[Selection, Tensor, Overflow]:
+    """The rows of a micro-batch among those of its tokens' experts: what :func:`select` makes of their scores.
+
+    Args:
+        keys: [r, d]. top_k: K. cap: most active rows or ``None``.
+    """
+    scores = score_experts(given.x, keys, chosen.experts, chosen.counts.shape[0])
+    return select(chosen.experts, chosen.gates, scores, rows=keys.shape[0], top_k=top_k, cap=cap)
+
+
+def gates_of(logits: Tensor, gate: str) -> Tensor:
+    """Factor of each chosen expert from its logits [T, n]: softmax times n, sigmoid, or ones."""
+    if gate == "softmax":
+        return torch.softmax(logits, dim=-1) * logits.shape[-1]
+    return torch.sigmoid(logits) if gate == "sigmoid" else torch.ones_like(logits)
+
+
+def logit_gradients(chosen: Tensor, gates: Tensor, gate: str, grad_gates: Tensor, num_experts: int) -> Tensor:
+    """[T, N]: the gradient of the router's logits by that of the gates [T, n] of the chosen experts [T, n]."""
+    if gate == "softmax":
+        # In double, and of a sum of exactly 1: near it fp32 would leave nothing of what is subtracted.
+        share, wide = gates.double(), grad_gates.double()
+        share = share / share.sum(-1, keepdim=True)
+        grad = (share * (wide - (wide * share).sum(-1, keepdim=True)) * gates.shape[1]).float()
+    elif gate == "sigmoid":
+        grad = grad_gates * gates * (1 - gates)
+    else:
+        grad = torch.zeros_like(gates)
+    return grad.new_zeros(grad.shape[0], num_experts).scatter_(1, chosen, grad)
+
+
 def route(logits: Tensor, experts_per_token: int) -> Tensor:
     """[T, n] int64, ascending: the n experts of largest logit [T, N]; ties to the lowest id, NaN last."""
     return _largest(logits, experts_per_token).sort(dim=-1).values
@@ -105,22 +196,20 @@ def score_experts(h: Tensor, keys: Tensor, experts: Tensor, num_experts: int) ->
 
 
 def select(
-    logits: Tensor, experts: Tensor, gates: Tensor, scores: Tensor, *, rows: int, top_k: int, cap: int | None
+    experts: Tensor, gates: Tensor, scores: Tensor, *, rows: int, top_k: int, cap: int | None
 ) -> tuple[Selection, Tensor, Overflow]:
     """Choose each token's rows and the micro-batch's active rows.
 
     Args:
-        logits: [T, N] router logits (a NaN one is never used); experts: [T, n]; gates: [T, n] float32;
-        scores: [T, n, E] float32 raw scores; rows: r; cap: most active rows or ``None``.
+        experts: [T, n]; gates: [T, n] float32, of which NaN is never used; scores: [T, n, E] float32 raw scores;
+        rows: r; cap: most active rows or ``None``.
 
     Returns:
         The selection; the raw scores of its picks [T, K] (0 where invalid); what the cap did.
     """
     tokens, per_token, expert_rows = scores.shape
     top_k = min(top_k, per_token * expert_rows)
-    usable = ~logits.gather(1, experts).isnan()
-    activations = torch.where(usable, gates, torch.nan)[:, :, None] * scores
-    activations = activations.view(tokens, per_token * expert_rows)
+    activations = (gates[:, :, None] * scores).view(tokens, per_token * expert_rows)
     # Candidates stand in the order of their row ids (experts are ascending), so "lowest position" is "lowest id".
     position = _largest(activations, top_k).sort(dim=-1).values
     kept = activations.gather(1, position)
@@ -172,7 +261,7 @@ def picked_gates(gates: Tensor, selection: Selection) -> Tensor:
 
 def gradients(
     grad_y: Tensor,
-    x: Tensor,
+    given: Inputs,
     scores: Tensor,
     gates: Tensor,
     values: RowsAt,
@@ -183,9 +272,10 @@ def gradients(
     """The way back through ``y_t = Σ_j z_tj B_j``, where ``z_tj = gate · (x_t · A_j)``, over the picks j of token t.
 
     Args:
-        grad_y, x: [T, d] float32; scores: [T, K] float32, raw ``x · A_j``; gates: [T, n] float32.
+        grad_y: [T, d] of any float dtype; scores: [T, K] float32, raw ``x · A_j``; gates: [T, n] float32.
         room: gives memory for the rows' gradients to those passes that can choose theirs, which these are not.
     """
+    x, grad_y = given.x, grad_y.float()
     of_picks = picked_gates(gates, selection)
     tokens_of_row = _TokensOfRow(selection)
     grad_z = _score_picks(grad_y, values.brought(), selection)

@@ -185,6 +185,11 @@ class RouterConfig(_Section):
     z_loss_coef: float = Field(0.0, ge=0.0, allow_inf_nan=False)
     """Weight of the mean squared logsumexp of the router's logits, in each layer, which keeps them small."""
 
+    @property
+    def adds_losses(self) -> bool:
+        """Whether the router's logits have losses of their own."""
+        return self.balance == "loss" or self.z_loss_coef > 0
+
 
 class ActiveRowsConfig(_Section):
     """How many rows one micro-batch may bring to the device in one layer."""
@@ -339,7 +344,7 @@ class MeftConfig(_Section):
     @property
     def trains_routers(self) -> bool:
         """Whether routers get a gradient at all."""
-        return self.adapter.gate != "none" or self.router.balance == "loss" or self.router.z_loss_coef > 0
+        return self.adapter.gate != "none" or self.router.adds_losses
 
     def resolved(self) -> dict[str, Any]:
         """The block as a plain dictionary with derived values filled in, as it is logged and saved."""

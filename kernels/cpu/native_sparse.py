@@ -13,7 +13,24 @@ from torch import Tensor
 
 from meft_kernels import sparse
 from meft_kernels.cpu.build import address, library
-from meft_kernels.sparse import Overflow, PickGradients, RowsAt, Selection
+from meft_kernels.sparse import Chosen, Inputs, Overflow, PickGradients, RowsAt, Selection
+
+inputs = sparse.inputs
+logits_of = sparse.logits_of
+logit_gradients = sparse.logit_gradients
+
+
+def choose_experts(given: Inputs, router: Tensor, experts_per_token: int, gate: str, bias: Tensor | None) -> Chosen:
+    """As :func:`meft_kernels.sparse.choose_experts`."""
+    return sparse.choose_experts(given, router, experts_per_token, gate, bias, largest=route)
+
+
+def choose_rows(
+    given: Inputs, keys: Tensor, chosen: Chosen, *, top_k: int, cap: int | None
+) -> tuple[Selection, Tensor, Overflow]:
+    """As :func:`meft_kernels.sparse.choose_rows`."""
+    scores = score_experts(given.x, keys, chosen.experts, chosen.counts.shape[0])
+    return select(chosen.experts, chosen.gates, scores, rows=keys.shape[0], top_k=top_k, cap=cap)
 
 
 def route(logits: Tensor, experts_per_token: int) -> Tensor:
@@ -38,12 +55,12 @@ def score_experts(h: Tensor, keys: Tensor, experts: Tensor, num_experts: int) ->
 
 
 def select(
-    logits: Tensor, experts: Tensor, gates: Tensor, scores: Tensor, *, rows: int, top_k: int, cap: int | None
+    experts: Tensor, gates: Tensor, scores: Tensor, *, rows: int, top_k: int, cap: int | None
 ) -> tuple[Selection, Tensor, Overflow]:
     """As :func:`meft_kernels.sparse.select`."""
     tokens, per_token, expert_rows = scores.shape
     top_k = min(top_k, per_token * expert_rows)
-    gates, usable = gates.contiguous(), ~logits.gather(1, experts).isnan()
+    gates, usable = gates.contiguous(), ~gates.isnan()
     row_ids, slots, picks = (torch.empty(tokens, top_k, dtype=torch.int64) for _ in range(3))
     raw, activations = torch.empty(tokens, top_k), torch.empty(tokens, top_k)
     valid = torch.empty(tokens, top_k, dtype=torch.bool)
@@ -116,7 +133,7 @@ def combine_rows(weights: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
 
 def gradients(
     grad_y: Tensor,
-    x: Tensor,
+    given: Inputs,
     scores: Tensor,
     gates: Tensor,
     values: RowsAt,
@@ -125,6 +142,7 @@ def gradients(
     room: Callable[[int, int], Tensor] = torch.empty,
 ) -> PickGradients:
     """As :func:`meft_kernels.sparse.gradients`."""
+    x, grad_y = given.x, grad_y.float()
     (tokens, top_k), (width, per_token) = selection.picks.shape, (x.shape[1], gates.shape[1])
     active = selection.active.numel()
     if not active:
@@ -164,6 +182,7 @@ def gradients(
 
 
 picked_gates = sparse.picked_gates
+gates_of = sparse.gates_of
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:

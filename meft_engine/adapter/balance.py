@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from meft_engine.config import RouterConfig
-
-
-def expert_load(experts: Tensor, num_experts: int) -> Tensor:
-    """[N] float32: how many tokens chose each expert, of ``experts`` [T, n]."""
-    ones = torch.ones(experts.numel(), device=experts.device)
-    return torch.zeros(num_experts, device=experts.device).index_add_(0, experts.flatten(), ones)
 
 
 def balance_loss(logits: Tensor, load: Tensor) -> Tensor:
@@ -24,7 +15,7 @@ def balance_loss(logits: Tensor, load: Tensor) -> Tensor:
     Transformers, https://arxiv.org/abs/2101.03961, equations 4 to 6, with n choices a token in place of one.
 
     Args:
-        logits: [T, N] float32 of the router. load: [N], of :func:`expert_load`.
+        logits: [T, N] float32 of the router. load: [N], how many tokens chose each expert.
     """
     probabilities = torch.softmax(logits, dim=-1).mean(0)
     return logits.shape[1] * (load / load.sum() * probabilities).sum()
@@ -50,6 +41,25 @@ def auxiliary_loss(config: RouterConfig, logits: Tensor, load: Tensor) -> Tensor
     return sum(parts) if parts else None
 
 
+def auxiliary_gradient(config: RouterConfig, logits: Tensor, load: Tensor) -> Tensor | None:
+    """[T, N]: the gradient of :func:`auxiliary_loss` by the logits, in closed form; ``None`` where there is no loss.
+
+    It is asked for in the backward alone, so that nobody has to add that loss to the model's, and it is right where
+    layers are checkpointed.
+    """
+    if not config.adds_losses or not logits.shape[0]:
+        return None
+    tokens, num_experts = logits.shape
+    probabilities = torch.softmax(logits, dim=-1)
+    slope = torch.zeros_like(probabilities)
+    if config.balance == "loss":
+        share = load / load.sum()
+        slope += (share - (probabilities @ share)[:, None]) * (config.balance_coef * num_experts / tokens)
+    if config.z_loss_coef:
+        slope += torch.logsumexp(logits, dim=-1, keepdim=True) * (2 * config.z_loss_coef / tokens)
+    return slope.mul_(probabilities)
+
+
 def rebalance(bias: Tensor, load: Tensor, rate: float) -> None:
     """Make experts that got less than the mean load more likely by ``rate``, and others less, in place.
 
@@ -59,21 +69,3 @@ def rebalance(bias: Tensor, load: Tensor, rate: float) -> None:
         bias: [N], added to logits for the choice of experts alone. load: [N], of one optimizer step.
     """
     bias.add_(torch.sign(load.mean() - load), alpha=rate)
-
-
-class AddLoss(torch.autograd.Function):
-    """Passes ``y`` on as it is, and has ``loss`` differentiated as if it were added to the training loss.
-
-    It needs no access to that loss, and is right where layers are checkpointed: what is recomputed is what backward
-    uses. ``scale()`` is asked in the backward for what the training loss has been multiplied by (loss scale, 1 over
-    accumulation steps).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, scale: Callable[[], float]) -> Tensor:
-        ctx.scale, ctx.like = scale, loss.dtype
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad_y, torch.full((), ctx.scale(), dtype=ctx.like, device=grad_y.device), None

@@ -30,8 +30,8 @@ class Record:
     selection: Selection
     versions: tuple[int, ...]
     """Of the tables that the selection was made from."""
-    shape: torch.Size
-    fingerprint: Tensor
+    load: Tensor | None
+    """[N] float32: of the experts, where a loss depends on it."""
 
 
 @dataclass(eq=False)
@@ -39,7 +39,8 @@ class Call:
     """A forward of a stack that is running, or whose backward is still to come."""
 
     mask: Tensor | None = None
-    records: dict[nn.Module, list[Record]] = field(default_factory=dict)
+    records: dict[nn.Module, list[tuple[torch.Size, Tensor, Record]]] = field(default_factory=dict)
+    """Of each adapter, by the shapes and fingerprints of its inputs."""
 
 
 class CallTracker:
@@ -80,18 +81,10 @@ class CallTracker:
         real = mask[:, mask.shape[1] - shape[1] :].flatten() != 0
         return None if bool(real.all()) else real.nonzero().flatten()
 
-    def record(
-        self,
-        adapter: nn.Module,
-        h: Tensor,
-        tokens: Tensor | None,
-        selection: Selection,
-        versions: tuple[int, ...],
-    ) -> None:
+    def record(self, adapter: nn.Module, h: Tensor, record: Record) -> None:
         """Remember a selection for as long as it may have to be replayed."""
         if self._running:
-            record = Record(tokens, selection, versions, h.shape, _fingerprint(h))
-            self._running[-1].records.setdefault(adapter, []).append(record)
+            self._running[-1].records.setdefault(adapter, []).append((h.shape, _fingerprint(h), record))
 
     def replay(self, adapter: nn.Module, h: Tensor) -> Record:
         """The record of the forward that this recomputation repeats.
@@ -104,15 +97,18 @@ class CallTracker:
         """
         fingerprint = _fingerprint(h)
         scale = fingerprint.norm() + torch.finfo(torch.float32).tiny
-        records = [r for call in self._live for r in call.records.get(adapter, ()) if r.shape == h.shape]
-        distances = [float(torch.nan_to_num((r.fingerprint - fingerprint).norm() / scale)) for r in records]
+        known = [entry for call in self._live for entry in call.records.get(adapter, ()) if entry[0] == h.shape]
+        distances = [float(torch.nan_to_num((print_ - fingerprint).norm() / scale)) for _, print_, _ in known]
         if not distances or min(distances) > _SAME_CALL:
             raise RuntimeError(
                 "a MEFT adapter ran inside a backward, but repeats no forward in flight; run forwards outside of "
                 "backward, and checkpoint layers rather than the whole model"
             )
-        return records[distances.index(min(distances))]
+        return known[distances.index(min(distances))][-1]
 
+    # Neither is for a compiler to trace: it would see through what they keep, and lose some of it.
+
+    @torch.compiler.disable
     def _enter(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         call = Call()
         # Before anything that may raise, since `_leave` is called even then.
@@ -132,6 +128,7 @@ class CallTracker:
             return args, {name: tracked if value is embeds else value for name, value in kwargs.items()}
         return None
 
+    @torch.compiler.disable
     def _leave(self, stack: nn.Module, args: tuple, output: Any) -> None:
         call = self._running.pop()
         node = _grad_node(output)

@@ -6,21 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from meft_engine.adapter.autograd import ApplyRows
-from meft_engine.adapter.balance import AddLoss, auxiliary_loss, expert_load, rebalance
-from meft_engine.adapter.calls import CallTracker, recomputing
-from meft_engine.adapter.routing import RoutingStats, choose_experts, choose_rows, gate
+from meft_engine.adapter import operators
+from meft_engine.adapter.balance import auxiliary_gradient, rebalance
+from meft_engine.adapter.calls import CallTracker, Record, recomputing
+from meft_engine.adapter.routing import RoutingStats, choose_rows
 from meft_engine.adapter.switch import Switch
 from meft_engine.config import MeftConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.parallel.ranks import Ranks
 from meft_engine.phases import phase
 from meft_engine.zero_parameters import full_shape
-from meft_kernels.dispatch import Overflow, Selection, token_passes
+from meft_kernels.dispatch import Chosen, Inputs, Overflow, Selection, token_passes
 
 
 class SparseAdapter(nn.Module):
@@ -67,7 +66,8 @@ class SparseAdapter(nn.Module):
         self._center_known = False
         # What the training loss is multiplied by before its backward, for losses that are added here.
         self.__dict__["loss_factor"] = lambda: 1.0
-        # Makes autograd visit ApplyRows where no input requires grad (a first layer over a frozen base, gate "none").
+        self._number = operators.register(self)
+        # Makes autograd come back where no input requires grad (a first layer over a frozen base, gate "none").
         # A buffer or parameter would be cast and counted; this is neither.
         self.__dict__["_tripwire"] = torch.zeros((), requires_grad=keys.trainable)
 
@@ -81,57 +81,116 @@ class SparseAdapter(nn.Module):
         """What :meth:`add_anchor` has added."""
         return [parameter for name, parameter in self.named_parameters(recurse=False) if name.startswith("anchor")]
 
-    @torch.compiler.disable
     def forward(self, h: Tensor) -> Tensor:
         """What the adapter adds to ``FFN(h)``: h [..., d] of any float dtype; the result has its shape and dtype."""
-        # The definition scores in fp32, whatever autocast would prefer.
-        with torch.autocast(h.device.type, enabled=False):
-            return self._contribution(h)
+        adapter, training = self._config.adapter, self.training
+        routed = operators.route(h, self.router, self._number, training, adapter.experts_per_token, adapter.top_k)
+        return operators.apply(h, routed, [self._tripwire, *self.anchors()], self._number, training)
 
-    def _contribution(self, h: Tensor) -> Tensor:
+    # What the operators ask for: without gradients, and in fp32 whatever autocast would prefer.
+
+    def choose(self, h: Tensor, router: Tensor, training: bool) -> operators.Routed:
+        """Experts and rows of h [..., d]: chosen, or in the second run of a checkpointed layer those of the first."""
         adapter = self._config.adapter
-        replayed = self._calls.replay(self, h) if recomputing() else None
-        tokens = replayed.tokens if replayed else self._calls.real_tokens(h.shape)
-        flat = h.reshape(-1, h.shape[-1])
-        x = (flat if tokens is None else flat[tokens]).float()
-        if self.center is not None:
-            if self.training and not replayed and not self._center_known:
-                self._measure_center(x.detach())
-            x = x - self.center
-
-        with phase("route"):
-            logits = F.linear(x, self.router.float())
+        with torch.autocast(h.device.type, enabled=False), phase("route"):
+            replayed = self._calls.replay(self, h) if recomputing() else None
+            tokens = replayed.tokens if replayed else self._calls.real_tokens(h.shape)
+            given = self._inputs(h, tokens, measure=training and replayed is None)
+            passes = token_passes(h.device)
             if replayed:
-                experts = replayed.selection.experts
-            else:
-                experts = choose_experts(logits, adapter.experts_per_token, self.expert_bias)
-            gates = gate(logits.gather(1, experts), adapter.gate)
-            load = expert_load(experts, logits.shape[1]) if self.training else None
-            if replayed:
-                selection = replayed.selection
-                for table, version in zip((self.keys, self.values), replayed.versions, strict=True):
+                selection, versions, load = replayed.selection, replayed.versions, replayed.load
+                logits = passes.logits_of(given, router)
+                gates = passes.gates_of(logits.gather(1, selection.experts), adapter.gate)
+                for table, version in zip((self.keys, self.values), versions, strict=True):
                     table.require_version(version)
-                with torch.no_grad(), self.keys.rows_at(selection.active, latest=self._latest()) as keys:
-                    scores = token_passes(x.device).score_picks(x, keys, selection)
+                with self.keys.rows_at(selection.active, latest=not training) as keys:
+                    scores = passes.score_picks(given.x, keys, selection)
             else:
-                selection, scores = self._select(x, logits, experts, gates, load)
-                self._calls.record(self, h, tokens, selection, (self.keys.version, self.values.version))
+                chosen = passes.choose_experts(given, router, adapter.experts_per_token, adapter.gate, self.expert_bias)
+                gates, logits, versions = chosen.gates, chosen.logits, (self.keys.version, self.values.version)
+                selection, scores = self._select(given, chosen, training)
+                load = self._load(chosen) if training and self._config.router.adds_losses else None
+                self._calls.record(self, h, Record(tokens, selection, versions, load))
+        # Copies of what is remembered: a compiler uses the memory of an operator's results again.
+        return operators.Routed(
+            gates,
+            scores,
+            tokens=selection.active.new_empty(0) if tokens is None else tokens,
+            versions=torch.tensor(versions),
+            load=scores.new_empty(0) if load is None else load.clone(),
+            logits=scores.new_empty(0) if load is None or logits is None else logits.view(-1),
+            **{name: tensor.clone() for name, tensor in vars(selection).items()},
+        )
 
-        with phase("combine"):
-            y = ApplyRows.apply(
-                x, gates, scores, selection, self.keys, self.values, self._latest(), self._tripwire, *self.anchors()
-            )
-        extra = None
-        if load is not None and y.requires_grad:
-            if self._config.router.balance == "loss":
-                load = self._ranks.sum_counts(load)
-            extra = auxiliary_loss(self._config.router, logits, load)
-        if extra is not None:
-            y = AddLoss.apply(y, extra, self.loss_factor)
-        y = y.to(h.dtype)
+    def router_gradients(
+        self, grad_gates: Tensor, h: Tensor, router: Tensor, routed: operators.Routed
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of h [..., d] and of the router [N, d], by those of the gates [T, n] and by the block's losses."""
+        config, passes, num_experts = self._config, token_passes(h.device), router.shape[0]
+        with torch.autocast(h.device.type, enabled=False):
+            given = self._inputs(h, self._real(routed, h))
+            grad = passes.logit_gradients(routed.experts, routed.gates, config.adapter.gate, grad_gates, num_experts)
+            if routed.load.numel():
+                logits = routed.logits if routed.logits.numel() else passes.logits_of(given, router)
+                added = auxiliary_gradient(config.router, logits.view(-1, num_experts), routed.load)
+                if added is not None:
+                    grad.add_(added, alpha=self.loss_factor())
+            return self._spread(grad @ router.float(), h, routed), (grad.T @ given.x).to(router.dtype)
+
+    def combine(self, h: Tensor, routed: operators.Routed, training: bool) -> Tensor:
+        """``y`` [..., d]: each token's sum of its rows' values."""
+        selection, passes = routed.selection, token_passes(h.device)
+        with torch.autocast(h.device.type, enabled=False), phase("combine"):
+            weights = routed.scores * passes.picked_gates(routed.gates, selection)
+            with self.values.rows_at(selection.active, latest=not training) as rows:
+                return self._spread(passes.combine_rows(weights, rows, selection), h, routed)
+
+    def hand_back(self, grad_y: Tensor, h: Tensor, routed: operators.Routed, training: bool) -> tuple[Tensor, Tensor]:
+        """Give the tables the gradients of their rows, and the caller those of h [..., d] and of the gates [T, n]."""
+        selection, passes = routed.selection, token_passes(h.device)
+        with torch.autocast(h.device.type, enabled=False), phase("row_gradients"):
+            tokens, active = self._real(routed, h), selection.active
+            given = self._inputs(h, tokens)
+            flat = grad_y.reshape(-1, grad_y.shape[-1])
+            keys_version, values_version = routed.versions.tolist()
+            with (
+                self.values.rows_at(active, values_version, latest=not training) as value_rows,
+                self.keys.rows_at(active, keys_version, latest=not training) as key_rows,
+            ):
+                found = passes.gradients(
+                    flat if tokens is None else flat[tokens],
+                    given,
+                    routed.scores,
+                    routed.gates,
+                    value_rows,
+                    key_rows,
+                    selection,
+                    self.values.room_for_gradients,
+                )
+            of_values, of_keys = found.squared_norms or (None, None)
+            self.values.accumulate(active, found.values, of_values)
+            self.keys.accumulate(active, found.keys, of_keys)
+            return self._spread(found.x, h, routed), found.gates
+
+    def _inputs(self, h: Tensor, tokens: Tensor | None, *, measure: bool = False) -> Inputs:
+        """What routing and scoring read of h [..., d]."""
+        flat = h.reshape(-1, h.shape[-1])
+        flat = flat if tokens is None else flat[tokens]
+        if measure and self.center is not None and not self._center_known:
+            self._measure_center(flat.float())
+        return token_passes(h.device).inputs(flat, self.center)
+
+    @staticmethod
+    def _real(routed: operators.Routed, h: Tensor) -> Tensor | None:
+        """[T′]: where the real tokens are in the flattened batch; ``None``: all are."""
+        return None if routed.gates.shape[0] == h.numel() // h.shape[-1] else routed.tokens
+
+    def _spread(self, of_tokens: Tensor, h: Tensor, routed: operators.Routed) -> Tensor:
+        """What was found for the real tokens [T′, d], as h [..., d] has it; zeros for padding."""
+        tokens, of_tokens = self._real(routed, h), of_tokens.to(h.dtype)
         if tokens is not None:
-            y = torch.zeros_like(flat).index_copy(0, tokens, y)
-        return y.view(h.shape)
+            of_tokens = of_tokens.new_zeros(h.numel() // h.shape[-1], h.shape[-1]).index_copy_(0, tokens, of_tokens)
+        return of_tokens.view(h.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAdapter:
         """What ``Module.to`` and the like call. Without an engine, which says where the model computes, that is where
@@ -168,31 +227,28 @@ class SparseAdapter(nn.Module):
             load = self._ranks.sum_counts(load.to(self.expert_bias.device))
             rebalance(self.expert_bias, load, self._config.router.balance_coef)
 
-    def _select(
-        self, x: Tensor, logits: Tensor, experts: Tensor, gates: Tensor, load: Tensor | None
-    ) -> tuple[Any, Tensor]:
+    def _load(self, chosen: Chosen) -> Tensor:
+        """[N] float32: how many tokens chose an expert, on all ranks where a loss is to even it out."""
+        load = chosen.counts.float()
+        return self._ranks.sum_counts(load) if self._config.router.balance == "loss" else load
+
+    def _select(self, given: Inputs, chosen: Chosen, training: bool) -> tuple[Selection, Tensor]:
         limits = self._config.active_rows
-        with self.keys.reading(latest=self._latest()) as keys:
+        with self.keys.reading(latest=not training) as keys:
             selection, scores, overflow = choose_rows(
                 self.name,
-                x,
-                logits,
-                experts,
-                gates,
+                given,
                 keys,
+                chosen,
                 top_k=self._config.adapter.top_k,
-                cap=limits.cap if self.training else None,
+                cap=limits.cap if training else None,
                 on_overflow=limits.on_overflow,
             )
         for observe in self.observers:
-            observe(selection, scores * gates.detach().gather(1, selection.slots), overflow)
-        if self.training:
-            self.stats.count(selection.active.numel(), overflow, load)
+            observe(selection, scores * chosen.gates.gather(1, selection.slots), overflow)
+        if training:
+            self.stats.count(selection.active.numel(), overflow, chosen.counts.float())
         return selection, scores
-
-    def _latest(self) -> bool:
-        """Evaluation reads nothing stale, whatever training may."""
-        return not self.training
 
     def extra_repr(self) -> str:
         """Shape of the adapter, for ``print(model)``."""

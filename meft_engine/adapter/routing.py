@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from meft_kernels.dispatch import Overflow, Selection, token_passes
+from meft_kernels.dispatch import Chosen, Inputs, Overflow, Selection, token_passes
 
 
 class ActiveRowsOverflow(RuntimeError):
@@ -37,29 +37,11 @@ class RoutingStats:
         self.mass = mass if self.mass is None else self.mass + mass
 
 
-def gate(logits: Tensor, kind: str) -> Tensor:
-    """Factor of each chosen expert from its logits [T, n], differentiable: softmax times n, sigmoid, or ones."""
-    if kind == "softmax":
-        return torch.softmax(logits, dim=-1) * logits.shape[-1]
-    if kind == "sigmoid":
-        return torch.sigmoid(logits)
-    return torch.ones_like(logits)
-
-
-def choose_experts(logits: Tensor, experts_per_token: int, bias: Tensor | None = None) -> Tensor:
-    """[T, n] int64, ascending: each token's experts by its logits [T, N], to which ``bias`` [N] is added."""
-    logits = logits.detach()
-    return token_passes(logits.device).route(logits if bias is None else logits + bias, experts_per_token)
-
-
-@torch.no_grad()
 def choose_rows(
     name: str,
-    x: Tensor,
-    logits: Tensor,
-    experts: Tensor,
-    gates: Tensor,
+    given: Inputs,
     keys: Tensor,
+    chosen: Chosen,
     *,
     top_k: int,
     cap: int | None,
@@ -68,17 +50,16 @@ def choose_rows(
     """The selection of one micro-batch, the raw scores [T, K] of its picks, and what the cap did.
 
     Args:
-        name: of the layer, for the error. x: [T, d] float32; logits: [T, N]; experts, gates: [T, n]; keys: [r, d].
+        name: of the layer, for the error. keys: [r, d].
 
     Raises:
         ActiveRowsOverflow: if more than ``cap`` rows are active and ``on_overflow`` is ``"raise"``.
     """
-    passes = token_passes(x.device)
-    scores = passes.score_experts(x, keys, experts, logits.shape[1])
-    selection, raw, overflow = passes.select(logits, experts, gates, scores, rows=keys.shape[0], top_k=top_k, cap=cap)
+    passes = token_passes(given.h.device)
+    selection, raw, overflow = passes.choose_rows(given, keys, chosen, top_k=top_k, cap=cap)
     if on_overflow == "raise" and cap is not None and overflow.wanted_rows > cap:
         raise ActiveRowsOverflow(
-            f"{name}: a micro-batch of {x.shape[0]} tokens activates {overflow.wanted_rows} rows, more than "
+            f"{name}: a micro-batch of {given.h.shape[0]} tokens activates {overflow.wanted_rows} rows, more than "
             f"active_rows.cap = {cap}; raise the cap, shrink the micro-batch, or set active_rows.on_overflow to "
             '"keep_largest"'
         )

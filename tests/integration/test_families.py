@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import peft
 import pytest
 import torch
@@ -268,14 +271,36 @@ def test_unloading_leaves_the_base_as_it_was(family):
         unload_adapter(model)
 
 
-@pytest.mark.behaviour("torch.compile")
-@pytest.mark.families
-def test_the_rest_of_a_compiled_model_is_compiled(family):
-    """Adapters stand outside of the compiled graphs; the result is that of the plain model."""
+def compiled_logits(family: Family, *, dynamic: bool) -> tuple[Tensor, Tensor, Counter[str]]:
+    """Of a plain model and of the same one compiled, and how often an operator stands in the graphs; ``dynamic``:
+    operators whose outputs have a size that depends on data may."""
     model, _ = adapted(family)
     model.eval()
-    expected = logits_of(model, family, 2)
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(logits_of(compiled, family, 2), expected, rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
+    expected, found = logits_of(model, family, 2), Counter()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
     torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=dynamic):
+        logits = logits_of(torch.compile(model, backend=backend), family, 2)
+    torch._dynamo.reset()
+    return logits, expected, found
+
+
+@pytest.mark.behaviour("torch.compile")
+@pytest.mark.families
+def test_a_model_is_compiled_with_its_adapters(family):
+    """Each of them is two operators in a graph; the result is that of the plain model."""
+    logits, expected, found = compiled_logits(family, dynamic=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert found["meft.route.default"] == found["meft.apply.default"] == len(family.ffns)
+
+
+@pytest.mark.families
+def test_a_graph_may_end_where_rows_are_chosen():
+    """As it does by default."""
+    logits, expected, found = compiled_logits(FAMILIES["Llama"], dynamic=False)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert found["meft.apply.default"] and not found["meft.route.default"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import meft_engine
 from meft_engine import MeftConfigError
+from meft_engine.adapter.calls import Record
 from meft_kernels import reference
 from tests.families import fill_values, tiny_block, tiny_llama
 from tests.integration.engines import (
@@ -124,9 +125,9 @@ def test_the_bias_moves_once_a_step_by_the_load_of_the_whole_window():
     calls = next(iter(engine.meft_adapters.adapters.values()))._calls  # one tracker for all layers
     original = calls.record
 
-    def record(adapter: Any, h: Tensor, tokens: Any, selection: Any, versions: Any) -> None:
-        chosen.setdefault(adapter.name, []).append(selection.experts.clone())
-        original(adapter, h, tokens, selection, versions)
+    def record(adapter: nn.Module, h: Tensor, made: Record) -> None:
+        chosen.setdefault(adapter.name, []).append(made.selection.experts.clone())
+        original(adapter, h, made)
 
     calls.record = record
     train_step(engine, [batch(1), batch(2)])

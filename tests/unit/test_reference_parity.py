@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from meft_engine.adapter.calls import CallTracker
 from meft_engine.adapter.module import SparseAdapter
-from meft_engine.adapter.routing import ActiveRowsOverflow, gate
+from meft_engine.adapter.routing import ActiveRowsOverflow
 from meft_engine.config import MeftConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_kernels import reference, sparse
 from meft_kernels.cpu import build as building
 from meft_kernels.cpu import native_rows, native_sparse
-from meft_kernels.sparse import RowsAt
+from meft_kernels.sparse import RowsAt, gates_of
 
 # Scores closer than this may legitimately be ordered differently by two ways of summing.
 GAP = 1e-5
@@ -108,14 +108,11 @@ def exact_cases(draw, smallest_cap_is_k: bool = False, max_surplus: int = 3) -> 
 
 def run_kernels(passes: ModuleType, case: Case) -> tuple[Tensor, sparse.Selection, sparse.Overflow]:
     """Output, selection and what the cap did, by the passes alone."""
-    h = case.h if case.center is None else case.h - case.center
-    logits = h @ case.router.T
-    experts = passes.route(logits, case.n)
-    gates = gate(logits.gather(1, experts), case.gate)
-    scores = passes.score_experts(h, case.keys, experts, case.router.shape[0])
-    rows = case.keys.shape[0]
-    selection, raw, overflow = passes.select(logits, experts, gates, scores, rows=rows, top_k=case.k, cap=case.cap)
-    weights = raw * passes.picked_gates(gates, selection)
+    given = passes.inputs(case.h, case.center)
+    chosen = passes.choose_experts(given, case.router, case.n, case.gate, None)
+    assert torch.equal(chosen.counts, torch.bincount(chosen.experts.flatten(), minlength=case.router.shape[0]))
+    selection, raw, overflow = passes.choose_rows(given, case.keys, chosen, top_k=case.k, cap=case.cap)
+    weights = raw * passes.picked_gates(chosen.gates, selection)
     y = passes.combine_rows(weights, RowsAt(case.values, selection.active), selection)
     copied = passes.combine_rows(weights, RowsAt(case.values[selection.active], None), selection)
     assert torch.equal(y, copied)
@@ -251,9 +248,10 @@ def assert_adapter_equals_reference(case: Case, batch: int = 1, exact: bool = Fa
     upstream = whole(99, 2, tokens, width)
     y.backward(upstream.view_as(y))
 
-    leaves = {name: getattr(case, name).clone().requires_grad_() for name in ("h", "keys", "values", "router")}
+    # In double: in single precision the reference's own gradients of steep softmaxes are off by more than the promise.
+    leaves = {name: getattr(case, name).double().requires_grad_() for name in ("h", "keys", "values", "router")}
     expected, selection = case.reference(**leaves)
-    expected.backward(upstream)
+    expected.backward(upstream.double())
     adapter = stack.adapter
     pairs = [
         (y.view(tokens, width), expected),
@@ -266,8 +264,8 @@ def assert_adapter_equals_reference(case: Case, batch: int = 1, exact: bool = Fa
     else:
         pairs.append((adapter.router.grad, leaves["router"].grad))
     for found, wanted in pairs:
-        assert torch.equal(found, wanted) if exact else True
-        assert_near(found, wanted)
+        assert torch.equal(found.double(), wanted) if exact else True
+        assert_near(found.double(), wanted)
     assert (adapter.stats.micro_batches, adapter.stats.active_rows) == (1, len(selection.active))
 
 
@@ -287,7 +285,7 @@ def smallest_gap(case: Case) -> float:
     h, keys, router = case.h.double(), case.keys.double(), case.router.double()
     logits = h @ router.T
     experts = logits.argsort(descending=True)[:, : case.n].sort().values
-    gates = torch.zeros_like(logits).scatter(1, experts, gate(logits.gather(1, experts), case.gate))
+    gates = torch.zeros_like(logits).scatter(1, experts, gates_of(logits.gather(1, experts), case.gate))
     z = gates.repeat_interleave(keys.shape[0] // router.shape[0], dim=1) * (h @ keys.T)
     ranked, mass = z.clamp_min(0).sort(descending=True).values, z.new_zeros(z.shape[1])
     kept = torch.where((z > 0) & (z >= ranked[:, case.k - 1 : case.k]), z, 0)

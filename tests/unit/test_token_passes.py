@@ -11,7 +11,7 @@ from torch import Tensor
 from meft_kernels import sparse
 from meft_kernels.cpu import build as building
 from meft_kernels.cpu import native_sparse
-from meft_kernels.sparse import RowsAt, Selection
+from meft_kernels.sparse import Inputs, RowsAt, Selection
 
 WIDTHS = [1, 8, 31, 32, 64, 129, 577]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -76,7 +76,7 @@ def test_picks_and_the_way_back(width, dtype):
     bag = (weights.nan_to_num().double()[:, :, None] * wide[0].table[selection.picks]).sum(1)
     assert near(native_sparse.combine_rows(weights, at[0], selection), bag, 9)
 
-    found = native_sparse.gradients(grad_y, x, scores, gates, *at, selection)
+    found = native_sparse.gradients(grad_y, Inputs(x, None), scores, gates, *at, selection)
     leaves = [t.double().requires_grad_() for t in (x, gates, wide[0].table, wide[1].table)]
     in_double = way_forward(*leaves, selection, scores.double())
     (in_double * grad_y.double()).sum().backward()
@@ -94,9 +94,9 @@ def way_forward(x: Tensor, gates: Tensor, values: Tensor, keys: Tensor, selectio
     return (z[:, :, None] * values[selection.picks]).sum(1)
 
 
-def way_back(*arguments: Any) -> list[Tensor]:
+def way_back(grad_y: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
     """All that it gives."""
-    found = native_sparse.gradients(*arguments)
+    found = native_sparse.gradients(grad_y, Inputs(x, None), *arguments)
     return [*found[:4], *found.squared_norms]
 
 
@@ -161,13 +161,12 @@ def test_selections_of_many_candidates(top_k):
     scores = torch.randint(-3, 9, (tokens, per_token, size)).float()
     scores[torch.rand(scores.shape) < 0.05] = torch.nan
     scores[torch.rand(scores.shape) < 0.02] = torch.inf
-    logits = torch.randn(tokens, experts)
-    logits[::7, 2] = torch.nan
-    gates = torch.tensor([1.0, 2.0]).expand(tokens, 2)
+    gates = torch.tensor([1.0, 2.0]).repeat(tokens, 1)
+    gates[(chosen == 2) & (torch.arange(tokens) % 7 == 0)[:, None]] = torch.nan
     arguments = {"rows": experts * size, "top_k": top_k}
     for cap in (None, 30):
-        found, raw, overflow = native_sparse.select(logits, chosen, gates, scores, cap=cap, **arguments)
-        expected, expected_raw, expected_overflow = sparse.select(logits, chosen, gates, scores, cap=cap, **arguments)
+        found, raw, overflow = native_sparse.select(chosen, gates, scores, cap=cap, **arguments)
+        expected, expected_raw, expected_overflow = sparse.select(chosen, gates, scores, cap=cap, **arguments)
         assert torch.equal(found.active, expected.active) and torch.equal(found.experts, expected.experts)
         assert picked(found, raw) == picked(expected, expected_raw)
         assert overflow.wanted_rows == expected_overflow.wanted_rows
