@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-slow test-ranks test-fault test-deepspeed test-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page lint format clean
+.PHONY: venv demo test test-families test-kernels test-mutants test-slow test-ranks test-fault test-deepspeed test-gpu bench-kernels bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page lint format clean
 
 venv: $(STAMP)
 
@@ -54,6 +54,16 @@ test-deepspeed: $(STAMP)
 	@test -n "$(DEEPSPEED)" || { echo 'say where: make test-deepspeed DEEPSPEED=path/to/a/DeepSpeed/checkout'; exit 2; }
 	$(BIN)/python -m tests.deepspeed_suite.run "$(DEEPSPEED)"
 
+# Triton's kernels without a GPU: what they compute, by Triton's interpreter, and what they take when they are compiled for
+# five GPUs; writes docs/kernels.md.
+test-kernels: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted -x -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -W ignore::UserWarning:triton.knobs -m tests.kernels.compiled.resources docs/kernels.md
+
+# Whether the interpreted tests notice kernels that have been broken on purpose, one at a time; a quarter of an hour.
+test-mutants: $(STAMP)
+	$(BIN)/python -m tests.kernels.mutants
+
 # The engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -x -q $(PYTEST_ARGS)
@@ -66,6 +76,10 @@ $(BENCH_STAMP): $(STAMP)
 # The row optimizer beside DeepSpeed's and torch's; results go to benchmarks/results (see benchmarks/README.md).
 bench-optimizer: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/optimizer.py $(BENCH_ARGS)
+
+# Each Triton kernel beside the same in PyTorch, on a GPU.
+bench-kernels: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/kernels.py $(BENCH_ARGS)
 
 # What adapters learn and forget beside LoRA and a dense adapter; an hour and a half on two cores. It goes on where it stopped.
 bench-quality: $(BENCH_STAMP)

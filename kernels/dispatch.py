@@ -1,11 +1,15 @@
-"""Chooses the fastest implementation of each kernel that the device and the installation offer.
+"""The passes of the adapter behind one call, whichever implementation is the fastest on a device.
 
-Passes over tokens and over host tables are there twice: compiled for this machine's CPU, and in PyTorch for every other
-device and where there is no compiler.
+Passes over tokens are there three times: in Triton for GPUs, compiled for this machine's CPU, and in PyTorch
+for everything else. Passes over tables on the host are there twice: compiled, and in PyTorch.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -14,7 +18,18 @@ from meft_kernels import rows, sparse
 from meft_kernels.cpu import build, native_rows, native_sparse
 from meft_kernels.sparse import Chosen, Inputs, Overflow, PickGradients, RowsAt, Selection
 
-__all__ = ["Chosen", "Inputs", "Overflow", "PickGradients", "RowsAt", "Selection", "row_passes", "token_passes"]
+logger = logging.getLogger("meft_engine")
+
+__all__ = [
+    "Chosen",
+    "Inputs",
+    "Overflow",
+    "PickGradients",
+    "RowsAt",
+    "Selection",
+    "row_passes",
+    "token_passes",
+]
 
 
 def row_passes() -> ModuleType:
@@ -23,5 +38,33 @@ def row_passes() -> ModuleType:
 
 
 def token_passes(device: torch.device) -> ModuleType:
-    """The module whose ``choose_experts``, ``choose_rows`` and so on are the fastest there; see ``kernels/sparse.py``."""
-    return native_sparse if device.type == "cpu" and build.library() is not None else sparse
+    """The module whose ``choose_experts``, ``choose_rows`` and so on are the fastest there; see ``kernels/sparse.py``.
+
+    ``MEFT_TOKEN_PASSES`` chooses: ``auto`` (the default: on a GPU those in Triton, if a small layer that is tried first
+    comes out as in PyTorch), ``triton`` (which takes ``TRITON_INTERPRET=1`` on a CPU) or ``torch``.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    asked = os.environ.get("MEFT_TOKEN_PASSES", "auto")
+    if asked not in ("auto", "triton", "torch"):
+        raise ValueError(f'MEFT_TOKEN_PASSES = "{asked}" is none of "auto", "triton" and "torch"')
+    if asked == "triton" or (asked == "auto" and device.type == "cuda" and _triton_works(device)):
+        # Not before it is needed: where there is no GPU there may be no Triton.
+        from meft_kernels.triton import passes
+
+        return passes
+    return native_sparse if asked == "auto" and device.type == "cpu" and build.library() is not None else sparse
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Says so, once, where it does not."""
+    reason = "Triton is not installed"
+    if importlib.util.find_spec("triton"):
+        from meft_kernels.triton.check import fault
+
+        reason = fault(device)
+    if reason is not None:
+        logger.warning(f"MEFT computes on {device} in PyTorch, which is slower than its Triton kernels: {reason}")
+    return reason is None

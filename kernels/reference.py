@@ -32,8 +32,9 @@ class ReferenceSelection:
 
 def largest(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest entries of each row of ``scores`` [T, m]; ties to the lowest index, NaN last."""
-    ranked = torch.where(scores.isnan(), -torch.inf, scores)
-    return ranked.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    by_score = torch.where(scores.isnan(), -torch.inf, scores).sort(dim=-1, descending=True, stable=True).indices
+    nan_last = scores.isnan().gather(1, by_score).sort(dim=-1, stable=True).indices
+    return by_score.gather(1, nan_last)[:, :k]
 
 
 def gates(logits: Tensor, gate: str) -> Tensor:
