@@ -34,6 +34,8 @@ class Mutant:
 
 
 GRADIENTS = "test_adapter.py::test_gradients"
+BIAS = "test_adapter.py::test_bias_counts_for_the_choice_alone"
+INT8 = "test_adapter.py::test_eight_bit_keys"
 
 MUTANTS = [
     # Bounds and masks.
@@ -73,7 +75,7 @@ MUTANTS = [
     Mutant("experts in the order of their logits", "route.py", "pairs = tl.sort(pairs, dim=1)", "pass"),
     # Gates.
     Mutant("gates have a sum of 1", "route.py", "[:, None] * PER_TOKEN", "[:, None]"),
-    Mutant("the bias gates", "route.py", "tl.where(taken, found, 0.0)", "tl.where(taken, wanted, 0.0)"),
+    Mutant("the bias gates", "route.py", "tl.where(taken, found, 0.0)", "tl.where(taken, wanted, 0.0)", BIAS),
     Mutant("the gate is left out of the gradient", "pick_gradients.py", "dots * gate, 0.0", "dots, 0.0", GRADIENTS),
     Mutant(
         "gate gradients go to the first expert",
@@ -159,12 +161,13 @@ MUTANTS = [
         "test_rows.py",
     ),
     Mutant(
-        "sums in bf16",
+        "rows rounded to bf16",
         "combine.py",
         "mask=valid[:, None] & inside[None, :], other=0).to(tl.float32)",
         "mask=valid[:, None] & inside[None, :], other=0).to(tl.bfloat16).to(tl.float32)",
+        "test_rows.py::test_combined_rows_are_added_to_what_is_there",
     ),
-    Mutant("scales are left out", "score.py", "scores *= tl.load(SCALES", "scores *= 0 * tl.load(SCALES"),
+    Mutant("scales are left out", "score.py", "scores *= tl.load(SCALES", "scores *= 0 * tl.load(SCALES", INT8),
     Mutant("moments round to nearest", "adam.py", "+ random) >> 16", "+ 0x8000) >> 16", "test_adam.py"),
     Mutant("ties of planes to even", "adam.py", "(bits + 0x8000) >> 16)", "(bits + 0x7FFF) >> 16)", "test_adam.py"),
     Mutant("the step is not counted", "adam.py", "tl.store(STEP + row, now)", "pass", "test_adam.py"),
