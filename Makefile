@@ -60,7 +60,7 @@ test-kernels: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted -x -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 	$(BIN)/python -W ignore::UserWarning:triton.knobs -m tests.kernels.compiled.resources docs/kernels.md
 
-# Whether the interpreted tests notice kernels that have been broken on purpose, one at a time; a quarter of an hour.
+# Whether the interpreted tests notice kernels that have been broken on purpose, one at a time; four minutes.
 test-mutants: $(STAMP)
 	$(BIN)/python -m tests.kernels.mutants
 

@@ -115,7 +115,7 @@ class SparseAdapter(nn.Module):
         return operators.Routed(
             gates,
             scores,
-            tokens=selection.active.new_empty(0) if tokens is None else tokens,
+            tokens=selection.active.new_empty(0) if tokens is None else tokens.clone(),
             versions=torch.tensor(versions),
             load=scores.new_empty(0) if load is None else load.clone(),
             logits=scores.new_empty(0) if load is None or logits is None else logits.view(-1),

@@ -119,6 +119,20 @@ def test_an_adapter_breaks_no_graph():
     assert counter.frame_count == 1 and h.grad.any() and stack.values.gradient().grad.any()
 
 
+def test_nothing_that_is_remembered_is_given_out(monkeypatch):
+    """A compiler uses the memory of an operator's results again; what a replay needs must not lie there."""
+    stack, remembered, given = Stack(False), [], []
+    choose, (h, mask) = SparseAdapter.choose, inputs()
+    monkeypatch.setattr(stack.adapters[0]._calls, "record", lambda adapter, h, made: remembered.append(made))
+    monkeypatch.setattr(SparseAdapter, "choose", lambda *args: given.append(choose(*args)) or given[-1])
+    stack(h, attention_mask=mask)
+    assert len(given) == len(remembered) == 2
+    for routed, made in zip(given, remembered, strict=True):
+        addresses = {part.data_ptr() for part in routed}
+        kept = (made.tokens, made.load, *vars(made.selection).values())
+        assert addresses.isdisjoint(part.data_ptr() for part in kept)
+
+
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_operators_are_what_torch_asks_of_them(requires_grad):
     adapter = Stack(False).adapters[0]
