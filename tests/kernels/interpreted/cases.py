@@ -1,14 +1,20 @@
-"""What the kernels are run on, and the whole adapter made of them."""
+"""What the kernels are run on, where, and the whole adapter made of them.
+
+Cases are drawn and judged on the CPU, wherever the kernels run: in Triton's interpreter, or on a GPU, where
+``tests/gpu`` runs the same tests.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from meft_kernels.triton.cap import keep_largest
 from meft_kernels.triton.combine import combine
+from meft_kernels.triton.common import INTERPRETED
 from meft_kernels.triton.compact import ActiveRows, compact
 from meft_kernels.triton.expert_lists import expert_lists
 from meft_kernels.triton.pick import pick
@@ -16,6 +22,29 @@ from meft_kernels.triton.pick_gradients import pick_gradients
 from meft_kernels.triton.route import route
 from meft_kernels.triton.row_gradients import row_gradients
 from meft_kernels.triton.score import score
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+"""Of the kernels."""
+
+
+def moved(value: Any, device: torch.device | str = DEVICE) -> Any:
+    """A tensor, or a dataclass of tensors, on another device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value):
+        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
+
+
+def on_host(table: Tensor) -> Tensor:
+    """A copy of a table in memory of the host that the kernels can read and write in place."""
+    return table.clone() if INTERPRETED else table.pin_memory()
+
+
+def synchronize() -> None:
+    """Wait for the kernels, before the host reads what they have written to its memory."""
+    if not INTERPRETED:
+        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -123,7 +152,8 @@ def forward(
     center: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Found:
-    """The adapter's forward, of kernels alone."""
+    """The adapter's forward, of kernels alone; given and found on the CPU."""
+    case, center, bias = moved(case), moved(center), moved(bias)
     experts, gates, counts = route(case.h, case.router, shape.per_token, gate, center=center, bias=bias)
     pairs = expert_lists(experts, counts)
     scores = score(case.h, case.keys, experts, counts, pairs, center=center)
@@ -132,21 +162,23 @@ def forward(
     if cap is not None:
         active = keep_largest(active, activations, cap)
     y = combine(activations, active.positions, active.valid, case.values, places=active.rows)
-    return Found(experts, gates, counts, raw, slots, activations, active, y)
+    return moved(Found(experts, gates, counts, raw, slots, activations, active, y), "cpu")
 
 
 def backward(
     case: Case, found: Found, grad_y: Tensor, center: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the input by way of the scores [T, d], of the gates [T, n], and of keys and values [U, d]."""
+    """Gradients of the input by way of the scores [T, d], of the gates [T, n], and of keys and values [U, d]; given
+    and found on the CPU."""
+    case, found, grad_y, center = moved(case), moved(found), moved(grad_y), moved(center)
     active, width = found.active, case.h.shape[1]
     grad_scores, grad_gates = pick_gradients(
         grad_y, found.raw, found.gates, found.slots, active.positions, active.valid, case.values, active.rows
     )
     most = active.rows.shape[0]
-    values, keys = (torch.full((most, width), torch.nan) for _ in range(2))
-    slots, fresh = torch.arange(most, dtype=torch.int32), torch.ones(most, dtype=torch.int32)
+    values, keys = (torch.full((most, width), torch.nan, device=DEVICE) for _ in range(2))
+    slots, fresh = (moved(of_row.int()) for of_row in (torch.arange(most), torch.ones(most)))
     row_gradients(grad_y, case.h, found.activations, grad_scores, active, values, keys, slots, fresh, center=center)
     grad_h = combine(grad_scores, active.positions, active.valid, case.keys, places=active.rows)
     count = int(active.count)
-    return grad_h, grad_gates, keys[:count], values[:count]
+    return grad_h.cpu(), grad_gates.cpu(), keys[:count].cpu(), values[:count].cpu()

@@ -9,6 +9,7 @@ from meft_kernels import rows as host
 from meft_kernels.planes import split
 from meft_kernels.rows import AdamStep, RowTable
 from meft_kernels.triton.adam import adam_rows, bias_corrections
+from tests.kernels.interpreted.cases import DEVICE, moved
 
 
 def drawn_table(rows: int, width: int, planes: bool, moments: torch.dtype) -> RowTable:
@@ -21,10 +22,10 @@ def drawn_table(rows: int, width: int, planes: bool, moments: torch.dtype) -> Ro
     return RowTable(high, low, exp_avg, exp_avg_sq, torch.randint(0, 5, (rows,), dtype=torch.int32))
 
 
-def copied(table: RowTable) -> RowTable:
-    fields = {name: None if plane is None else plane.clone() for name, plane in table._asdict().items()}
+def copied(table: RowTable, device: torch.device | str) -> RowTable:
+    fields = {name: None if plane is None else plane.clone().to(device) for name, plane in table._asdict().items()}
     if table.exp_avg.dtype == torch.bfloat16:
-        pairs = torch.stack((table.exp_avg_sq, table.exp_avg), dim=-1)
+        pairs = torch.stack((table.exp_avg_sq, table.exp_avg), dim=-1).to(device)
         fields["exp_avg"], fields["exp_avg_sq"] = host.paired_moments(pairs)
     return RowTable(**fields)
 
@@ -38,20 +39,20 @@ def bits(plane: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("width", [1, 16, 57, 1030])
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 5])
 def test_bits(planes, moments, width, seed):
-    table = drawn_table(20, width, planes, moments)
-    expected = copied(table)
+    expected = drawn_table(20, width, planes, moments)
+    table = copied(expected, DEVICE)
     step = AdamStep(grad_scale=0.5, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, decay=1 - 1e-4, seed=seed)
     rows, slots = torch.randperm(20)[:9].int(), torch.randperm(15)[:9].int()
     gradients = torch.randn(15, width)
     gradients[slots[2]] = torch.inf
     gradients[slots[7], 0] = torch.nan
     count = torch.tensor([8], dtype=torch.int32)  # the last is not asked for
+    given, corrections = [moved(t) for t in (rows, count, gradients, slots)], bias_corrections(step, 10, DEVICE)
     for _ in range(3):
         infinite = host.adam_rows(expected, rows[:8].long(), gradients[slots[:8].long()], step)
-        found = adam_rows(table, rows, count, gradients, slots, step, bias_corrections(step, 10, "cpu"))
-        assert int(found) == infinite
-        for name in RowTable._fields:
-            ours, theirs = getattr(table, name), getattr(expected, name)
+        assert int(adam_rows(table, *given, step, corrections)) == infinite
+        for name, ours in copied(table, "cpu")._asdict().items():
+            theirs = getattr(expected, name)
             if ours is not None and ours.is_floating_point():
                 # The payload of a NaN is nobody's business.
                 assert torch.equal(ours.isnan(), theirs.isnan()), name

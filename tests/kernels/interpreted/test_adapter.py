@@ -12,7 +12,7 @@ from meft_kernels import reference
 from meft_kernels.triton.expert_lists import expert_lists
 from meft_kernels.triton.route import route
 from meft_kernels.triton.score import score
-from tests.kernels.interpreted.cases import KINDS, SHAPES, Case, Shape, backward, drawn, forward
+from tests.kernels.interpreted.cases import KINDS, SHAPES, Case, Shape, backward, drawn, forward, moved
 
 BY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, vars(shape).values())))
 
@@ -97,16 +97,15 @@ def test_bias_counts_for_the_choice_alone(shape):
 def test_nan_experts_come_last_and_infinite_ones_before_them():
     router = torch.tensor([[torch.nan], [-torch.inf], [1.0], [torch.nan], [torch.inf]])
     for per_token, expected in ((1, [4]), (2, [2, 4]), (3, [1, 2, 4]), (4, [0, 1, 2, 4])):
-        experts, gates, _ = route(torch.ones(1, 1), router, per_token, "none")
+        experts, gates, _ = route(moved(torch.ones(1, 1)), moved(router), per_token, "none")
         assert experts.tolist() == [expected]
         assert gates.isnan().tolist() == [[expert in (0, 3) for expert in expected]]
 
 
 def test_both_zeros_tie():
     router = torch.tensor([[-1.0, -2.0], [1.0, 0.0], [3.0, 1.0]])
-    experts, _, _ = route(
-        torch.tensor([[0.0, -0.0], [-0.0, 0.0]]), router, 2, "none", bias=torch.tensor([0.0, -0.0, 0.0])
-    )
+    h, bias = torch.tensor([[0.0, -0.0], [-0.0, 0.0]]), torch.tensor([0.0, -0.0, 0.0])
+    experts, _, _ = route(moved(h), moved(router), 2, "none", bias=moved(bias))
     assert experts.tolist() == [[0, 1], [0, 1]]
 
 
@@ -129,8 +128,9 @@ def test_eight_bit_keys(shape):
     case = drawn(shape, "random")
     keys = torch.randint(-127, 128, (shape.rows, shape.width), generator=generator).to(torch.int8)
     scales = torch.rand(shape.rows, generator=generator) + 0.5
-    experts, _, counts = route(case.h, case.router, shape.per_token, "sigmoid")
-    found = score(case.h, keys, experts, counts, expert_lists(experts, counts), scales=scales)
+    h = moved(case.h)
+    experts, _, counts = route(h, moved(case.router), shape.per_token, "sigmoid")
+    found = score(h, moved(keys), experts, counts, expert_lists(experts, counts), scales=moved(scales))
     of_expert = (keys.double() * scales.double()[:, None]).view(shape.experts, shape.expert_rows, shape.width)
-    expected = torch.einsum("td,tned->tne", case.h.double(), of_expert[experts])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+    expected = torch.einsum("td,tned->tne", case.h.double(), of_expert[experts.cpu()])
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from meft_kernels.triton.gather import Residency, gather
+from tests.kernels.interpreted.cases import DEVICE, moved, on_host
 
 
 @dataclass
@@ -56,11 +57,9 @@ def test_against_a_model(slots, width, dtype, fused):
     """Fewer slots than rows that are asked for, too."""
     generator = torch.Generator().manual_seed(slots)
     rows, most = 150, 32
-    table, into = (
-        torch.randn(rows, width, generator=generator).to(dtype),
-        torch.full((slots, width), torch.nan).to(dtype),
-    )
-    residency, cache = Residency.empty(rows, slots, "cpu"), Cache(slots)
+    table = on_host(torch.randn(rows, width, generator=generator).to(dtype))
+    into = torch.full((slots, width), torch.nan, dtype=dtype, device=DEVICE)
+    residency, cache = Residency.empty(rows, slots, DEVICE), Cache(slots)
     hits = 0
     for step in range(12 if width < 5000 else 4):
         count = [most, 0, 1][step] if step < 3 else int(torch.randint(0, most + 1, (), generator=generator))
@@ -69,16 +68,17 @@ def test_against_a_model(slots, width, dtype, fused):
         asked[:count] = near.int()
         changed = torch.randperm(rows, generator=generator)[:10]
         table[changed] += 1
-        residency.version_of_row[changed] += 1
-        before = into.clone()
-        found = gather(table, into, asked, torch.tensor([count], dtype=torch.int32), residency, programs=3, fused=fused)
+        residency.version_of_row[moved(changed)] += 1
+        before = into.cpu().clone()
+        number = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+        found = moved(gather(table, into, moved(asked), number, residency, programs=3, fused=fused), "cpu")
         expected = cache.ask(near.tolist(), residency.version_of_row.tolist())
         assert (found.slots[:count].tolist(), found.copied[:count].tolist(), found.counts.tolist()) == expected
-        placed = found.slots[:count] >= 0
-        assert torch.equal(into[found.slots[:count][placed].long()], table[near[placed]])
+        placed, after = found.slots[:count] >= 0, into.cpu()
+        assert torch.equal(after[found.slots[:count][placed].long()], table[near[placed]])
         untouched = torch.ones(slots, dtype=torch.bool)
         untouched[found.slots[:count][found.copied[:count] > 0].long()] = False
-        assert torch.equal(into[untouched].nan_to_num(), before[untouched].nan_to_num())
+        assert torch.equal(after[untouched].nan_to_num(), before[untouched].nan_to_num())
         assert {row: slot for row, slot in enumerate(residency.slot_of_row.tolist()) if slot >= 0} == cache.slot_of
         hits += int(found.counts[0])
     assert slots == 1 or hits
