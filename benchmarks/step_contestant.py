@@ -158,8 +158,12 @@ def _engine(contestant: Contestant, model: nn.Module) -> Any:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
         "steps_per_print": 10**9,
     }
-    adapt = {"meft": _add_meft, "lora": _add_lora, "dense": _add_dense}[contestant.method]
-    network = adapt(contestant, model, config)
+    if contestant.method == "dense":
+        config["zero_optimization"] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+        config["optimizer"]["params"]["torch_adam"] = False  # DeepSpeedCPUAdam
+        network = add_dense(model, contestant.rows)
+    else:
+        network = add_lora(model) if contestant.method == "lora" else _add_meft(contestant, model, config)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return meft_engine.initialize(model=network, config=config, model_parameters=trained or None)[0]
 
@@ -177,33 +181,36 @@ def _add_meft(contestant: Contestant, model: nn.Module, config: dict[str, Any]) 
     return model
 
 
-def _add_lora(contestant: Contestant, model: nn.Module, config: dict[str, Any]) -> nn.Module:
+def add_lora(model: nn.Module) -> nn.Module:
+    """The model with PEFT's LoRA on all its linear layers, in the model's precision."""
     import peft
     from learning.methods import LORA_MODULES
 
+    dtype = model.dtype
     settings = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(LORA_MODULES))
     network = peft.get_peft_model(model, settings)
     for parameter in network.parameters():
-        parameter.data = parameter.data.to(precision())
+        parameter.data = parameter.data.to(dtype)
     return network
 
 
-def _add_dense(contestant: Contestant, model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    config["zero_optimization"] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    config["optimizer"]["params"]["torch_adam"] = False  # DeepSpeedCPUAdam
+def add_dense(model: nn.Module, rows: int) -> nn.Module:
+    """The model with a dense adapter of so many rows beside each FFN, where the FFN is and in its precision."""
     for layer in model.model.layers:
-        layer.mlp.dense_adapter = _DenseAdapter(contestant.rows, model.config.hidden_size)
+        layer.mlp.dense_adapter = _DenseAdapter(rows, layer.mlp.gate_proj.weight)
         layer.mlp.register_forward_hook(lambda mlp, inputs, output: output + mlp.dense_adapter(inputs[0]))
     return model
 
 
 class _DenseAdapter(nn.Module):
-    """A parallel adapter that computes with all rows."""
+    """A parallel adapter that computes with all rows; ``like``: the FFN's weight [f, d]."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, like: Tensor) -> None:
         super().__init__()
-        self.keys = nn.Parameter(torch.randn(rows, width, dtype=precision()) / width**0.5)
-        self.values = nn.Parameter(torch.zeros(rows, width, dtype=precision()))
+        place = {"dtype": like.dtype, "device": like.device}
+        width = like.shape[1]
+        self.keys = nn.Parameter(torch.randn(rows, width, **place) / width**0.5)
+        self.values = nn.Parameter(torch.zeros(rows, width, **place))
 
     def forward(self, h: Tensor) -> Tensor:
         return F.relu(h @ self.keys.T) @ self.values
