@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-kernels test-mutants test-slow test-ranks test-fault test-deepspeed test-gpu bench-kernels bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page lint format clean
+.PHONY: venv demo test test-families test-kernels test-mutants test-slow test-ranks test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page lint format clean
 
 venv: $(STAMP)
 
@@ -64,7 +64,7 @@ test-kernels: $(STAMP)
 test-mutants: $(STAMP)
 	$(BIN)/python -m tests.kernels.mutants
 
-# The engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
+# The kernels and the engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -x -q $(PYTEST_ARGS)
 
@@ -77,9 +77,10 @@ $(BENCH_STAMP): $(STAMP)
 bench-optimizer: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/optimizer.py $(BENCH_ARGS)
 
-# Each Triton kernel beside the same in PyTorch, on a GPU.
-bench-kernels: $(BENCH_STAMP)
-	$(BIN)/python benchmarks/kernels.py $(BENCH_ARGS)
+# Everything that only a GPU can tell, in stages of less than ten minutes each; BENCH_ARGS names some, or --tiny, which needs
+# no GPU. Set CONSTRAINTS as for test-gpu.
+bench-gpu: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
 # What adapters learn and forget beside LoRA and a dense adapter; an hour and a half on two cores. It goes on where it stopped.
 bench-quality: $(BENCH_STAMP)

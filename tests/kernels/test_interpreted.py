@@ -1,11 +1,7 @@
-"""A few of the interpreted tests, in a process that was started for them, and the benchmark of the kernels.
-
-`make test-kernels` runs all of the tests.
-"""
+"""A few of the interpreted tests, in a process that was started for them; `make test-kernels` runs all of them."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,20 +22,3 @@ def test_a_few():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"interpreted/{name}" for name in FEW)]
     done = subprocess.run(command, cwd=HERE, env=INTERPRETED, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and f"{len(FEW)} passed" in done.stdout, done.stdout + done.stderr
-
-
-def test_the_benchmark_runs():
-    """On small tensors; it ends by itself where a kernel and PyTorch do not agree."""
-    command = [sys.executable, HERE.parents[1] / "benchmarks" / "kernels.py", "--quick"]
-    done = subprocess.run(command, env=INTERPRETED, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["quick"] is True and all(value >= 0 for name, value in figures.items() if name.endswith("_ms"))
-    assert {"route_ms", "gather_fused_unfused_over_fused", "adam_floor_over_fused"} <= figures.keys()
-
-
-def test_the_benchmark_wants_a_gpu_or_the_interpreter():
-    command = [sys.executable, HERE.parents[1] / "benchmarks" / "kernels.py", "--quick"]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "TRITON_INTERPRET=1" in done.stderr

@@ -1,21 +1,19 @@
 """Each Triton kernel beside the same in PyTorch, on a GPU: what fusing it gains, and how far it is from its floor.
 
-Prints a line for each, and one JSON object at the end. ``--quick`` only shows that all of it runs, in Triton's
-interpreter (``TRITON_INTERPRET=1``) where there is no GPU; its figures mean nothing. See README.md in this folder.
+A stage of ``gpu.py``: prints a line for each, and one JSON object at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_machine import Speeds, device_seconds, the_device
 from torch import Tensor
 
 from meft_kernels import sparse
@@ -23,7 +21,6 @@ from meft_kernels.rows import AdamStep, RowTable
 from meft_kernels.sparse import Inputs, RowsAt, Selection
 from meft_kernels.triton.adam import adam_rows, bias_corrections
 from meft_kernels.triton.combine import combine
-from meft_kernels.triton.common import INTERPRETED
 from meft_kernels.triton.compact import compact
 from meft_kernels.triton.expert_lists import expert_lists
 from meft_kernels.triton.gather import Residency, gather
@@ -33,6 +30,11 @@ from meft_kernels.triton.return_gradients import return_gradients
 from meft_kernels.triton.route import route
 from meft_kernels.triton.row_gradients import row_gradients
 from meft_kernels.triton.score import score
+
+LAUNCH_SECONDS = 10e-6
+"""What is done sooner is bound by its launch, whatever its bytes."""
+AGREEING = 0.98
+"""Of the elements have to agree with PyTorch's: near ties may fall either way."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,31 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """Bytes a second of a copy on the device (read and written) and over the bus, and of products the operations."""
-
-    memory: float
-    bus: float
-    products: float
-
-
-@dataclass(frozen=True)
 class Contest:
-    """A kernel, the same in PyTorch, and the seconds that it cannot do without."""
+    """A kernel, the same in PyTorch, and the seconds of each kind that it cannot do without."""
 
     name: str
     ours: Callable[[], Any]
     torchs: Callable[[], Any]
-    floor: float
+    moved: float = 0.0
+    multiplied: float = 0.0
+    carried: float = 0.0
+    """Over the bus."""
     compared: bool = True
     """Whether both return the same; some change something in place."""
+
+    @property
+    def floor(self) -> float:
+        """Seconds; 0 where the other side is the measure."""
+        return max(self.moved, self.multiplied, self.carried)
+
+    @property
+    def bound_by(self) -> str:
+        """What takes longest: ``memory``, ``products`` or ``bus``; or the ``launch``, if nothing takes long."""
+        if self.floor < LAUNCH_SECONDS:
+            return "launch"
+        kinds = {"memory": self.moved, "products": self.multiplied, "bus": self.carried}
+        return max(kinds, key=kinds.get)
 
 
 class Bench:
@@ -100,25 +109,36 @@ class Bench:
             return 2 * rows * columns * d / speeds.products
 
         per_expert = s.rows // s.experts
+        rows, scores, inputs = count * d * two, t * n * per_expert * 4, t * d * two
         return [
-            Contest("route", self._route, self._torch_route, max(multiplied(t, s.experts), moved(t * d * two))),
+            Contest("route", self._route, self._torch_route, moved(inputs), multiplied(t, s.experts)),
             Contest(
                 "score",
                 lambda: score(self.h, self.keys, self.experts, self.counts, self.pairs),
                 self._torch_score,
-                max(multiplied(t * n, per_expert), moved((t + s.rows) * d * two, t * n * per_expert * 4)),
+                moved(inputs, s.rows * d * two, scores),
+                multiplied(t * n, per_expert),
             ),
-            Contest("pick", self._pick, self._torch_pick, moved(t * n * per_expert * 4, t * k * 20)),
+            Contest("pick", self._pick, self._torch_pick, moved(scores, t * k * 20)),
             Contest("compact", lambda: compact(self.ids, s.rows).positions, self._torch_compact, moved(t * k * 13)),
-            Contest("gather", self._gather(fused=True), self._staged_gather, count * d * two / speeds.bus, False),
-            Contest("gather_fused", self._gather(fused=True), self._gather(fused=False), 0.0, False),
-            Contest("combine", self._combine, self._torch_combine, moved((2 * t + count) * d * two)),
-            Contest("combine_added", self._combine, lambda: (self._combine(False) + self.y).to(self.y.dtype), 0.0),
             Contest(
-                "backward", self._backward, self._torch_backward, moved((2 * t + count) * d * two, 2 * count * d * 4)
+                "gather",
+                self._gather(fused=True),
+                self._staged_gather,
+                carried=rows / speeds.to_device,
+                compared=False,
             ),
-            Contest("return_gradients", *self._returns(), count * d * 4 / speeds.bus, False),
-            Contest("adam", *self._adam(), moved(count * d * 28), False),
+            Contest("gather_fused", self._gather(fused=True), self._gather(fused=False), compared=False),
+            Contest("combine", self._combine, self._torch_combine, moved(2 * inputs, rows)),
+            Contest("combine_added", self._combine, lambda: (self._combine(False) + self.y).to(self.y.dtype)),
+            Contest(
+                "backward",
+                self._backward,
+                self._torch_backward,
+                moved(2 * inputs, t * d * 4, 2 * rows, 2 * count * d * 4),
+            ),
+            Contest("return_gradients", *self._returns(), carried=count * d * 4 / speeds.to_host, compared=False),
+            Contest("adam", *self._adam(), moved(count * d * 28), compared=False),
         ]
 
     def _route(self) -> Tensor:
@@ -236,66 +256,48 @@ class Bench:
         return ours, torchs
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The median of many runs on a GPU, each with a cold L2 cache; of one run elsewhere."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(run, return_mode="median") / 1e3
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def speeds_of(device: torch.device, quick: bool) -> Speeds:
-    """What the machine does at its best."""
-    size = 1 << (12 if quick else 28)
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    side = 64 if quick else 8192
-    matrix = torch.randn(side, side, device=device).to(torch.bfloat16)
-    return Speeds(
-        memory=2 * size / seconds(lambda: target.copy_(source), device),
-        bus=size / seconds(lambda: target.copy_(host, non_blocking=True), device),
-        products=2 * side**3 / seconds(lambda: matrix @ matrix, device),
-    )
-
-
 def same_share(found: Tensor, expected: Tensor) -> float:
-    """Share of elements that agree to what bf16 products leave; near ties may fall either way."""
+    """Share of elements that agree to what bf16 products leave."""
     tolerance = 0.02 * float(expected.float().abs().max())
     return float(((found.float() - expected.float()).abs() <= tolerance).float().mean())
+
+
+def measure(bench: Bench, speeds: Speeds) -> dict[str, Any]:
+    """Times of all contests, in milliseconds, and their ratios.
+
+    ``memory_bound`` names those that bytes bound; ``disagreeing`` those that do not find what PyTorch finds.
+    """
+    figures: dict[str, Any] = {"memory_bound": [], "disagreeing": []}
+    for contest in bench.contests(speeds):
+        name = contest.name
+        share = same_share(contest.ours(), contest.torchs()) if contest.compared else 1.0
+        ours, torchs = (device_seconds(run, bench.device) for run in (contest.ours, contest.torchs))
+        figures[f"{name}_ms"] = round(ours * 1e3, 4)
+        figures[f"{name}_unfused_over_fused"] = round(torchs / ours, 3)
+        line = f"{name:<18} {ours * 1e3:9.3f} ms; unfused {torchs * 1e3:9.3f} ms, ×{torchs / ours:.2f}"
+        if contest.floor:
+            figures[f"{name}_floor_over_fused"] = round(contest.floor / ours, 3)
+            figures["memory_bound"] += [name] if contest.bound_by == "memory" else []
+            floor = f"{contest.floor * 1e3:.3f} ms ({contest.bound_by})"
+            line += f"; floor {floor}, {contest.floor / ours:.2f} of it reached"
+        if share < AGREEING:
+            figures["disagreeing"].append(name)
+            line += f"; ONLY {share:.1%} OF THE ELEMENTS AGREE"
+        print(line, flush=True)
+    return figures
 
 
 def main() -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small tensors, on whatever there is")
-    quick = parser.parse_args().quick
-    if not torch.cuda.is_available() and not (quick and INTERPRETED):
-        sys.exit("no CUDA device here; --quick with TRITON_INTERPRET=1 runs everything on small tensors")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="small tensors, which show that all of it runs")
+    tiny = parser.parse_args().tiny
+    device = the_device()
     torch.manual_seed(0)
-    speeds = speeds_of(device, quick)
-    bench = Bench(Sizes(24, 32, 64, 8, 2, 4) if quick else Sizes(), device)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
-    print(
-        f"{card}: copies {speeds.memory / 1e9:.0f} GB/s, over the bus {speeds.bus / 1e9:.1f} GB/s, "
-        f"products {speeds.products / 1e12:.1f} TFLOP/s; {bench.sizes}, {bench.count} active rows"
-    )
-    figures: dict[str, Any] = {"card": card, "quick": quick}
-    for contest in bench.contests(speeds):
-        if contest.compared and (share := same_share(contest.ours(), contest.torchs())) < 0.98:
-            sys.exit(f"{contest.name}: only {share:.1%} of the elements agree with PyTorch's")
-        ours, torchs = seconds(contest.ours, device), seconds(contest.torchs, device)
-        figures[f"{contest.name}_ms"] = round(ours * 1e3, 4)
-        figures[f"{contest.name}_unfused_over_fused"] = round(torchs / ours, 3)
-        line = f"{contest.name:<18} {ours * 1e3:9.3f} ms; unfused {torchs * 1e3:9.3f} ms, ×{torchs / ours:.2f}"
-        if contest.floor:
-            figures[f"{contest.name}_floor_over_fused"] = round(contest.floor / ours, 3)
-            line += f"; floor {contest.floor * 1e3:.3f} ms, {contest.floor / ours:.2f} of it reached"
-        print(line)
-    print(json.dumps(figures))
+    speeds = Speeds.measure(device, tiny)
+    bench = Bench(Sizes(24, 32, 64, 8, 2, 4) if tiny else Sizes(), device)
+    print(f"{speeds}; {bench.sizes}, {bench.count} active rows")
+    print(json.dumps(measure(bench, speeds)))
 
 
 if __name__ == "__main__":
