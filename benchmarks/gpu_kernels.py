@@ -295,7 +295,7 @@ def main() -> None:
     device = the_device()
     torch.manual_seed(0)
     speeds = Speeds.measure(device, tiny)
-    bench = Bench(Sizes(24, 32, 64, 8, 2, 4) if tiny else Sizes(), device)
+    bench = Bench(Sizes(8, 32, 64, 8, 2, 4) if tiny else Sizes(), device)
     print(f"{speeds}; {bench.sizes}, {bench.count} active rows")
     print(json.dumps(measure(bench, speeds)))
 
