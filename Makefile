@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-kernels test-mutants test-slow test-ranks test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page lint format clean
+.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-ranks test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page lint format clean
 
 venv: $(STAMP)
 
@@ -60,9 +60,15 @@ test-kernels: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted -x -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 	$(BIN)/python -W ignore::UserWarning:triton.knobs -m tests.kernels.compiled.resources docs/kernels.md
 
-# Whether the interpreted tests notice kernels that have been broken on purpose, one at a time; four minutes.
+# Whether tests notice kernels, and waits for a device, that have been broken on purpose, one at a time; eight minutes.
 test-mutants: $(STAMP)
 	$(BIN)/python -m tests.kernels.mutants
+	$(BIN)/python -m tests.late_mutants
+
+# The tests of the engine with every model on a device whose copies are as late as they may be; a quarter of an hour.
+test-late-device: $(STAMP)
+	$(BIN)/python -m pytest tests/integration tests/unit -x -q -n $(WORKERS) --dist loadscope --late-device \
+		-m "not slow and not families and not ranks and not cluster and not fault and not host_only" $(PYTEST_ARGS)
 
 # The kernels and the engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
 test-gpu: $(STAMP)

@@ -14,20 +14,23 @@ from types import ModuleType
 
 import torch
 
-from meft_kernels import rows, sparse
+from meft_kernels import rows, slots, sparse
 from meft_kernels.cpu import build, native_rows, native_sparse
-from meft_kernels.sparse import Chosen, Inputs, Overflow, PickGradients, RowsAt, Selection
+from meft_kernels.sparse import Chosen, GradientPlaces, Inputs, Overflow, PickGradients, RowsAt, Selection
 
 logger = logging.getLogger("meft_engine")
 
 __all__ = [
     "Chosen",
+    "GradientPlaces",
     "Inputs",
     "Overflow",
     "PickGradients",
     "RowsAt",
     "Selection",
+    "reads_host",
     "row_passes",
+    "slot_passes",
     "token_passes",
 ]
 
@@ -46,15 +49,35 @@ def token_passes(device: torch.device) -> ModuleType:
     Raises:
         ValueError: if it is something else.
     """
-    asked = os.environ.get("MEFT_TOKEN_PASSES", "auto")
-    if asked not in ("auto", "triton", "torch"):
-        raise ValueError(f'MEFT_TOKEN_PASSES = "{asked}" is none of "auto", "triton" and "torch"')
-    if asked == "triton" or (asked == "auto" and device.type == "cuda" and _triton_works(device)):
+    asked = _asked()
+    if asked == "triton" or reads_host(device):
         # Not before it is needed: where there is no GPU there may be no Triton.
         from meft_kernels.triton import passes
 
         return passes
     return native_sparse if asked == "auto" and device.type == "cpu" and build.library() is not None else sparse
+
+
+def slot_passes(device: torch.device) -> ModuleType:
+    """The module whose ``gather`` brings rows to slots there without being waited for; see ``kernels/slots.py``."""
+    if _asked() == "triton" or reads_host(device):
+        from meft_kernels.triton import gather
+
+        return gather
+    return slots
+
+
+def reads_host(device: torch.device) -> bool:
+    """Whether kernels there can read pinned memory of the host in place: those in Triton, on a GPU."""
+    asked = _asked()
+    return device.type == "cuda" and (asked == "triton" or (asked == "auto" and _triton_works(device)))
+
+
+def _asked() -> str:
+    asked = os.environ.get("MEFT_TOKEN_PASSES", "auto")
+    if asked not in ("auto", "triton", "torch"):
+        raise ValueError(f'MEFT_TOKEN_PASSES = "{asked}" is none of "auto", "triton" and "torch"')
+    return asked
 
 
 @cache

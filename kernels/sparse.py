@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meft_kernels.quantized import QuantizedRows
+
 # Elements of a temporary block: large enough to amortise a call, small enough to stay in a CPU's last-level cache.
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -32,6 +34,14 @@ class Selection:
     """[T, K] int64: which of the token's n experts a pick belongs to; 0 where ``valid`` is false."""
     valid: Tensor
     """[T, K] bool: false where a token has fewer than K positive activations, or the cap dropped the row."""
+    count: Tensor | None = None
+    """[1] int32: U, where only the device knows it; then ``active`` has more elements, those from U on some rows or
+    other."""
+
+    @property
+    def number(self) -> Tensor | int:
+        """U."""
+        return self.active.numel() if self.count is None else self.count[0]
 
 
 class Inputs(NamedTuple):
@@ -64,14 +74,38 @@ class Chosen(NamedTuple):
 class RowsAt(NamedTuple):
     """The active rows of a selection, where they lie."""
 
-    table: Tensor
-    """[m, d] float32 or bfloat16."""
+    table: Tensor | QuantizedRows
+    """[m, d] float32 or bfloat16, or in 8 bits."""
     places: Tensor | None
     """[U] int64: of each active row in ``table``; ``None``: they stand there in their order."""
 
     def brought(self) -> Tensor:
         """[U, d] float32: the rows themselves."""
         return (self.table if self.places is None else self.table.index_select(0, self.places)).float()
+
+    def unquantized(self) -> RowsAt:
+        """The same, for who cannot read 8 bits."""
+        return RowsAt(self.brought(), None) if isinstance(self.table, QuantizedRows) else self
+
+
+@dataclass(frozen=True)
+class GradientPlaces:
+    """Where gradients of active rows go: to slots, in which they are added up, or to the caller."""
+
+    values: Tensor
+    """[S, d] float32: the slots, changed in place."""
+    keys: Tensor
+    """[S, d] float32."""
+    slots: Tensor
+    """[U'] int32: of each active row; −1 if it has none."""
+    fresh: Tensor
+    """[U'] int32: 1 where a slot holds nothing yet."""
+    rest: Tensor
+    """[U'] int32: which of the rows without a slot it is; −1 if it has one."""
+    rows: Tensor
+    """[U'] int64: the rows without a slot, of which there are ``count``."""
+    count: Tensor
+    """[1] int32."""
 
 
 class PickGradients(NamedTuple):
@@ -93,8 +127,8 @@ class PickGradients(NamedTuple):
 class Overflow:
     """What the cap did to one micro-batch in one layer."""
 
-    wanted_rows: int
-    """Rows that the tokens picked, before the cap."""
+    wanted_rows: Tensor | int
+    """Rows that the tokens picked, before the cap; a scalar on the device where the host would have to wait for it."""
     mass: Tensor
     """Scalar: total activation of all picks."""
     kept_mass: Tensor
@@ -133,7 +167,7 @@ def logits_of(given: Inputs, router: Tensor) -> Tensor:
 
 
 def choose_rows(
-    given: Inputs, keys: Tensor, chosen: Chosen, *, top_k: int, cap: int | None
+    given: Inputs, keys: Tensor | QuantizedRows, chosen: Chosen, *, top_k: int, cap: int | None
 ) -> tuple[Selection, Tensor, Overflow]:
     """The rows of a micro-batch among those of its tokens' experts: what :func:`select` makes of their scores.
 
@@ -170,11 +204,11 @@ def route(logits: Tensor, experts_per_token: int) -> Tensor:
     return _largest(logits, experts_per_token).sort(dim=-1).values
 
 
-def score_experts(h: Tensor, keys: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+def score_experts(h: Tensor, keys: Tensor | QuantizedRows, experts: Tensor, num_experts: int) -> Tensor:
     """Raw scores ``h · key`` of the rows of each token's experts, one small GEMM an expert.
 
     Args:
-        h: [T, d] float32; keys: [r, d] any float dtype; experts: [T, n].
+        h: [T, d] float32; keys: [r, d] any float dtype, or in 8 bits; experts: [T, n].
 
     Returns:
         [T, n, E] float32.
@@ -268,24 +302,38 @@ def gradients(
     keys: RowsAt,
     selection: Selection,
     room: Callable[[int, int], Tensor] = torch.empty,
+    places: GradientPlaces | None = None,
 ) -> PickGradients:
     """The way back through ``y_t = Σ_j z_tj B_j``, where ``z_tj = gate · (x_t · A_j)``, over the picks j of token t.
 
     Args:
         grad_y: [T, d] of any float dtype; scores: [T, K] float32, raw ``x · A_j``; gates: [T, n] float32.
         room: gives memory for the rows' gradients to those passes that can choose theirs, which these are not.
+        places: where rows' gradients go; those returned are then of the rows without a slot. ``None``: none has one.
     """
     x, grad_y = given.x, grad_y.float()
     of_picks = picked_gates(gates, selection)
     tokens_of_row = _TokensOfRow(selection)
     grad_z = _score_picks(grad_y, values.brought(), selection)
     grad_scores = grad_z * of_picks
-    return PickGradients(
+    found = PickGradients(
         x=_combine_rows(grad_scores, keys.brought(), selection),
         gates=torch.zeros_like(gates).scatter_add_(1, selection.slots, grad_z * scores),
         values=tokens_of_row.combine(scores * of_picks, grad_y),
         keys=tokens_of_row.combine(grad_scores, x),
     )
+    return found if places is None else placed(found, places)
+
+
+def placed(found: PickGradients, places: GradientPlaces) -> PickGradients:
+    """Put gradients of rows into their slots, and return those of rows that have none; waits for the device."""
+    held, rest = (places.slots >= 0).nonzero().flatten(), (places.rest >= 0).nonzero().flatten()
+    fresh = places.fresh[held] > 0
+    for grad, slots in ((found.values, places.values), (found.keys, places.keys)):
+        into = places.slots[held].long()
+        slots[into] = torch.where(fresh[:, None], grad[held], slots[into] + grad[held])
+    norms = found.squared_norms and tuple(of_rows[rest] for of_rows in found.squared_norms)
+    return found._replace(values=found.values[rest], keys=found.keys[rest], squared_norms=norms)
 
 
 def _score_picks(x: Tensor, table: Tensor, selection: Selection) -> Tensor:

@@ -204,14 +204,39 @@ class ActiveRowsConfig(_Section):
 class OffloadConfig(_Section):
     """Where rows live and in which precision they are read."""
 
+    keys: Literal["device", "host"] = "device"
+    """Where keys are scored. ``host``: hidden states of each layer go to the host, and choices come back, for adapters
+    of which a device cannot hold even the keys."""
+
+    keys_dtype: Literal["bf16", "int8"] = "bf16"
+    """Precision of the keys on the device, and so of what the model computes with: ``int8`` takes half the memory, with
+    a scale for each row, of what ``compute_dtype`` has. ``bf16``: as ``compute_dtype`` says."""
+
     compute_dtype: Literal["bf16", "fp32"] | None = None
     """Precision of the copy of the rows that the model computes with. ``null``: bf16 under bf16 or fp16, else fp32."""
 
     pin_memory: bool = True
-    """Pin the rows' host memory, so that copies to a GPU are fast. Without a GPU there is nothing to pin it for."""
+    """Pin the rows' host memory, so that a GPU reads it in place, beside its computation. Without a GPU there is
+    nothing to pin it for."""
+
+    slot_bytes: int | None = Field(None, ge=0)
+    """Device memory in which value rows stay from a forward to its backward and over an accumulation window, of all
+    layers. ``null``: as much as they take. Layers for which too little is left bring their rows for each pass."""
+
+    grad_slot_bytes: int | None = Field(None, ge=0)
+    """Device memory in which row gradients, in fp32, are added up over an accumulation window, of all layers. What
+    comes once it is full is added up on the host. ``null``: everything is."""
 
     huge_pages: bool = True
     """Ask the system for pages of 2 MiB for rows and moments (Linux: transparent huge pages, ``madvise``)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OffloadConfig:
+        if self.keys == "host" and self.keys_dtype == "int8":
+            raise ValueError(
+                'offload.keys_dtype = "int8" is for keys on the device; with offload.keys = "host" leave it out'
+            )
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -352,6 +377,8 @@ class MeftConfig(_Section):
         values["adapter"]["num_experts"] = self.adapter.resolved_num_experts
         if values["active_rows"]["cap"] is None:
             values["active_rows"]["cap"] = self.adapter.rows
+        if values["offload"]["grad_slot_bytes"] is None:
+            values["offload"]["grad_slot_bytes"] = 0
         if values["optimizer"]["num_threads"] is None:
             values["optimizer"]["num_threads"] = len(rank_cores())
         return values

@@ -132,7 +132,7 @@ class MeftEngine(DeepSpeedEngine):
         self.row_optimizer.follow(self.basic_optimizer.param_groups)
         self._window_micro_steps = 0
         for adapter in attached.adapters.values():
-            vars(adapter)["loss_factor"] = self._loss_factor
+            vars(adapter).update(loss_factor=self._loss_factor, at_boundary=self.is_gradient_accumulation_boundary)
         scale = block.router.lr_scale
         self._router_hooks = scale_router_steps(self, attached, scale) if scale != 1.0 else []
         save_pretrained.install(self)
@@ -254,6 +254,7 @@ class MeftEngine(DeepSpeedEngine):
             hook.remove()  # the optimizer may be the caller's, and live on
         with ExitStack() as last:  # whatever fails before
             last.callback(super().destroy)
+            last.callback(self.meft_adapters.close)
             last.callback(self.row_optimizer.close)
             last.callback(claim_cores, None)
             last.callback(self.ranks.close)

@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meft_engine.adapter.attach import AttachedAdapters
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_engine.parallel.ranks import Ranks
+from meft_engine.planner import BYTES_PER_TRAINED_PARAMETER
 from meft_engine.zero_parameters import full_shape
 
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
 
 logger = logging.getLogger("meft_engine")
-
-# A dense adapter under mixed-precision Adam keeps on the device: 16-bit weights and gradients, fp32 master and moments;
-# in fp32: weights, gradients and moments. Both are 16 bytes a parameter.
-_DENSE_BYTES_PER_PARAMETER = 16
 
 
 def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[str, Any]:
@@ -33,9 +31,13 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         ``host_bytes``: allocated on the host for rows and their optimizer state; ``host_bytes_measured``: what the
         process's resident memory grew by when they were allocated.
         ``stale_reads``: share of the reads of a table that missed its last update (0 unless ``max_staleness`` is 1).
-        ``device_bytes``: what the compute device needs at hand: routers with their Adam state, the resident keys, the
-        largest gather of values. ``dense_device_bytes``: what a dense adapter of the same size, trained by Adam, would
-        hold there.
+        ``device_bytes``: what the compute device needs at hand, and ``device_bytes_by_kind``: ``routers`` with their
+        Adam state, ``keys``, ``slots`` of rows that visit (where device and host are one: the largest gather),
+        ``gradient_slots`` and ``gradients`` on their way to the host. ``dense_device_bytes``: what a dense adapter of
+        the same size, trained by Adam, would hold there.
+        ``traffic``: bytes that have crossed, ``values_to_device`` (and keys that visit), ``updates_to_device`` and
+        ``gradients_to_host``, with their sums ``to_device_bytes`` and ``to_host_bytes``; ``hits`` and ``misses``, rows
+        that were asked for while they were there, and while they were not.
     """
     tables = attached.tables()
     stats = [adapter.stats for adapter in attached.adapters.values()]
@@ -46,18 +48,55 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
     rows_parameters = sum(table.handle.numel() for table in tables)
     router_parameters = sum(math.prod(full_shape(adapter.router)) for adapter in attached.adapters.values())
     reads = sum(table.reads for table in tables)
+    by_kind = _device_bytes(attached)
     return {
         "layers": len(stats),
         "rows": rows,
         "adapter_parameters": rows_parameters + router_parameters,
         "base_parameters": attached.base_parameters,
-        "touched_share": sum(s.active_rows for s in stats) / (seen * rows) if seen else None,
+        "touched_share": sum(int(s.active_rows) for s in stats) / (seen * rows) if seen else None,
         "kept_mass": (mass[1] / mass[0] if mass[0] > 0 else 1.0) if seen else None,
         "host_bytes": sum(table.host_bytes() for table in tables) + optimizer.host_bytes(),
         "host_bytes_measured": attached.measured_bytes,
         "stale_reads": sum(table.stale_reads for table in tables) / reads if reads else 0.0,
-        "device_bytes": sum(table.device_bytes() for table in tables) + _DENSE_BYTES_PER_PARAMETER * router_parameters,
-        "dense_device_bytes": _DENSE_BYTES_PER_PARAMETER * rows_parameters,
+        "device_bytes": sum(by_kind.values()),
+        "device_bytes_by_kind": by_kind,
+        "dense_device_bytes": BYTES_PER_TRAINED_PARAMETER * rows_parameters,
+        "traffic": _traffic(tables),
+    }
+
+
+def _device_bytes(attached: AttachedAdapters) -> dict[str, int]:
+    adapters = list(attached.adapters.values())
+    routers = sum(math.prod(full_shape(adapter.router)) for adapter in adapters)
+    visiting = [table for a in adapters for table in (a.keys, a.values) if not table.resident]
+    found = {
+        "routers": BYTES_PER_TRAINED_PARAMETER * routers,
+        "keys": sum(a.keys.device_bytes() for a in adapters if a.keys.resident),
+        "slots": sum(table.device_bytes() for table in visiting),
+        "gradient_slots": sum(a.gradient_slots.device_bytes() for a in adapters if a.gradient_slots is not None),
+        "gradients": 0,
+    }
+    for traffic in attached.traffic:
+        for kind, taken in traffic.device_bytes().items():
+            found[kind] += taken
+    return found
+
+
+def _traffic(tables: list[PartiallyOffloadedTensor]) -> dict[str, int]:
+    values, updates = (
+        sum(getattr(table, name) for table in tables) for name in ("bytes_to_device", "bytes_of_updates")
+    )
+    gradients = sum(table.bytes_to_host for table in tables)
+    visits = [table.visits() for table in tables]
+    return {
+        "values_to_device": values,
+        "updates_to_device": updates,
+        "gradients_to_host": gradients,
+        "to_device_bytes": values + updates,
+        "to_host_bytes": gradients,
+        "hits": sum(there for there, _ in visits),
+        "misses": sum(brought for _, brought in visits),
     }
 
 

@@ -147,10 +147,10 @@ def _count(engine: MeftEngine) -> _Totals:
     return _Totals(
         steps=engine.global_steps,
         micro_batches=sum(s.micro_batches for s in stats),
-        active_rows=sum(s.active_rows for s in stats),
+        active_rows=sum(int(s.active_rows) for s in stats),
         mass=torch.stack(masses).sum(0) if masses else torch.zeros(2, dtype=torch.float64),
         loads=[s.load.cpu() if s.load is not None else torch.zeros(()) for s in stats],
-        bytes_to_device=sum(table.bytes_to_device for table in tables),
+        bytes_to_device=sum(table.bytes_to_device + table.bytes_of_updates for table in tables),
         bytes_to_host=sum(table.bytes_to_host for table in tables),
         seconds=engine.phases.seconds(),
     )

@@ -25,11 +25,20 @@ hypothesis.settings.load_profile("meft")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where the table of families and behaviours goes; without it none is written."""
+    parser.addoption(
+        "--late-device",
+        action="store_true",
+        help="place the models on a device whose copies are as late as they may be",
+    )
     parser.addoption("--families-table", type=Path, help="write which behaviour holds for which family of models")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Listen to the tests if a table is asked for."""
+    """Listen to the tests if a table is asked for; play a device if that is."""
+    if config.getoption("--late-device"):
+        from tests.late_copies import use_late_device
+
+        use_late_device(pytest.MonkeyPatch().setattr)
     path = config.getoption("--families-table")
     if path is not None:
         config.pluginmanager.register(FamiliesTable(path))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from meft_kernels import sparse
 from meft_kernels.cpu.build import address, library
-from meft_kernels.sparse import Chosen, Inputs, Overflow, PickGradients, RowsAt, Selection
+from meft_kernels.quantized import QuantizedRows
+from meft_kernels.sparse import Chosen, GradientPlaces, Inputs, Overflow, PickGradients, RowsAt, Selection
 
 inputs = sparse.inputs
 logits_of = sparse.logits_of
@@ -26,10 +27,11 @@ def choose_experts(given: Inputs, router: Tensor, experts_per_token: int, gate: 
 
 
 def choose_rows(
-    given: Inputs, keys: Tensor, chosen: Chosen, *, top_k: int, cap: int | None
+    given: Inputs, keys: Tensor | QuantizedRows, chosen: Chosen, *, top_k: int, cap: int | None
 ) -> tuple[Selection, Tensor, Overflow]:
     """As :func:`meft_kernels.sparse.choose_rows`."""
-    scores = score_experts(given.x, keys, chosen.experts, chosen.counts.shape[0])
+    score = sparse.score_experts if isinstance(keys, QuantizedRows) else score_experts
+    scores = score(given.x, keys, chosen.experts, chosen.counts.shape[0])
     return select(chosen.experts, chosen.gates, scores, rows=keys.shape[0], top_k=top_k, cap=cap)
 
 
@@ -97,7 +99,7 @@ def select(
 
 def score_picks(x: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
     """As :func:`meft_kernels.sparse.score_picks`."""
-    tokens, top_k = selection.picks.shape
+    (tokens, top_k), rows = selection.picks.shape, rows.unquantized()
     if not selection.active.numel():
         return torch.zeros(tokens, top_k)
     x, ids, scores = x.contiguous(), _ids(rows, selection), torch.empty(tokens, top_k)
@@ -115,6 +117,7 @@ def score_picks(x: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
 
 def combine_rows(weights: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
     """As :func:`meft_kernels.sparse.combine_rows`."""
+    rows = rows.unquantized()
     (tokens, top_k), width = selection.picks.shape, rows.table.shape[1]
     if not selection.active.numel():
         return torch.zeros(tokens, width)
@@ -140,6 +143,7 @@ def gradients(
     keys: RowsAt,
     selection: Selection,
     room: Callable[[int, int], Tensor] = torch.empty,
+    places: GradientPlaces | None = None,
 ) -> PickGradients:
     """As :func:`meft_kernels.sparse.gradients`."""
     x, grad_y = given.x, grad_y.float()
@@ -149,12 +153,12 @@ def gradients(
         nothing = torch.zeros(0, width)
         return PickGradients(torch.zeros(tokens, width), torch.zeros(tokens, per_token), nothing, nothing)
     grad_y, x, scores, gates = (t.contiguous() for t in (grad_y, x, scores, gates))
-    ends, places = torch.empty(active, dtype=torch.int64), torch.empty(tokens * top_k, dtype=torch.int64)
+    ends, order = torch.empty(active, dtype=torch.int64), torch.empty(tokens * top_k, dtype=torch.int64)
     library().meft_picks_of_rows(
         *(tokens * top_k, active),
         address(selection.picks, torch.int64),
         address(selection.valid, torch.bool),
-        *(address(result, torch.int64) for result in (ends, places)),
+        *(address(result, torch.int64) for result in (ends, order)),
     )
     ids = torch.arange(active) if values.places is None else values.places
     grad_z, grad_scores = torch.zeros(tokens, top_k), torch.zeros(tokens, top_k)
@@ -162,7 +166,7 @@ def gradients(
     value_norms, key_norms = (torch.empty(active, dtype=torch.float64) for _ in range(2))
     library().meft_row_gradients(
         *(active, top_k, per_token, width),
-        *(address(given, torch.int64) for given in (ends, places, ids)),
+        *(address(given, torch.int64) for given in (ends, order, ids)),
         *_table(values.table),
         *(address(given, torch.float32) for given in (grad_y, x, scores, gates)),
         address(selection.slots, torch.int64),
@@ -172,13 +176,14 @@ def gradients(
         address(key_norms, torch.float64),
         torch.get_num_threads(),
     )
-    return PickGradients(
+    found = PickGradients(
         x=combine_rows(grad_scores, keys, selection),
         gates=torch.zeros_like(gates).scatter_add_(1, selection.slots, grad_z * scores),
         values=grad_values,
         keys=grad_keys,
         squared_norms=(value_norms, key_norms),
     )
+    return found if places is None else sparse.placed(found, places)
 
 
 picked_gates = sparse.picked_gates

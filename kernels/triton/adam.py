@@ -27,7 +27,7 @@ def _mixed(x):
     return (x >> 32).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def adam_kernel(
     HIGH,
     LOW,

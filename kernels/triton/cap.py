@@ -75,7 +75,7 @@ def keep_largest(active: ActiveRows, activations: Tensor, cap: int) -> ActiveRow
     mass_kernel[(most,)](
         activations, active.order, active.starts, active.ends, active.count, mass, BLOCK=64, num_warps=1
     )
-    rows, starts, ends = (torch.empty(cap, dtype=torch.int32, device=device) for _ in range(3))
+    rows, starts, ends = (torch.zeros(cap, dtype=torch.int32, device=device) for _ in range(3))
     moved = torch.empty(most, dtype=torch.int32, device=device)
     kept = replace(
         active,

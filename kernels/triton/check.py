@@ -48,10 +48,12 @@ def _layer(module: ModuleType, device: torch.device) -> dict[str, Tensor]:
     rows = [RowsAt(table, selection.active) for table in (values, keys)]
     y = module.combine_rows(scores * module.picked_gates(chosen.gates, selection), rows[0], selection)
     back = module.gradients(grad_y, given, scores, chosen.gates, *rows, selection)
+    found = int(selection.number)
+    back = back._replace(values=back.values[:found], keys=back.keys[:found])
     gradients = zip(PickGradients._fields[:4], back[:4], strict=True)
     return {
         "the choice of experts": chosen.experts,
-        "the choice of rows": selection.active,
+        "the choice of rows": selection.active[:found],
         "the output": y,
         **{f"the gradient of {name}": gradient for name, gradient in gradients},
     }

@@ -20,7 +20,7 @@ class ActiveRows:
     """The active rows of a micro-batch. Only the device knows how many they are; arrays have room for the most."""
 
     rows: Tensor
-    """[U'] int32: their ids, ascending; those from ``count`` on are not set."""
+    """[U'] int32: their ids, ascending, and then some row or other."""
     count: Tensor
     """[1] int32: U."""
     starts: Tensor
@@ -100,7 +100,7 @@ def compact(ids: Tensor, rows: int) -> ActiveRows:
     most = min(rows, picks)
     found, order = ids.flatten().sort(stable=True)
     active = ActiveRows(
-        rows=torch.empty(most, dtype=torch.int32, device=device),
+        rows=torch.zeros(most, dtype=torch.int32, device=device),
         count=torch.zeros(1, dtype=torch.int32, device=device),
         starts=torch.empty(most, dtype=torch.int32, device=device),
         ends=torch.empty(most, dtype=torch.int32, device=device),

@@ -7,55 +7,14 @@ model computes beside them on the other processors), so all run at once and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from meft_kernels.slots import Gathered, Residency
 from meft_kernels.triton.common import block
 from meft_kernels.triton.select_largest import among_largest, kth_largest
-
-
-@dataclass
-class Residency:
-    """Which rows of a table [r, d] are in which of S slots. All of it is on the device."""
-
-    slot_of_row: Tensor
-    """[r] int32: −1 where a row is in none."""
-    row_of_slot: Tensor
-    """[S] int32: −1 where a slot is free."""
-    used: Tensor
-    """[S] int32: when a slot's row was last asked for."""
-    version_of_row: Tensor
-    """[r] int32: whoever changes a row on the host counts it up."""
-    version_of_slot: Tensor
-    """[S] int32: of the row, when it was copied."""
-    now: int = 0
-    """Calls of :func:`gather` so far."""
-
-    @classmethod
-    def empty(cls, rows: int, slots: int, device: torch.device | str) -> Residency:
-        """Of ``slots`` slots that are free."""
-
-        def of(count: int, value: int) -> Tensor:
-            return torch.full((count,), value, dtype=torch.int32, device=device)
-
-        return cls(of(rows, -1), of(slots, -1), of(slots, 0), of(rows, 0), of(slots, 0))
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Where the active rows are now."""
-
-    slots: Tensor
-    """[U'] int32: the slot of each; −1 where none was left."""
-    copied: Tensor
-    """[U'] int32: 1 where the row was brought from the host."""
-    counts: Tensor
-    """[4] int32: rows that were there, that were not, that were there and out of date, and for which no slot was
-    left (of those that were not there)."""
 
 
 @triton.jit
@@ -138,7 +97,7 @@ def _plan(
     tl.store(COUNTS + 3, missing - given)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["now"])
 def gather_kernel(
     TABLE,
     INTO,
@@ -211,30 +170,27 @@ def gather(
     rows: Tensor,
     count: Tensor,
     residency: Residency,
+    found: Gathered | None = None,
     *,
     programs: int = 16,
     fused: bool = True,
 ) -> Gathered:
-    """Bring the active rows to slots: those that are not there, and those that have changed on the host since.
-
-    Slots to give away are the free ones, then exactly the least recently used; ties to the lowest. No slot of a row
-    that is asked for is given away; if there are fewer slots than active rows, the last rows get none, which the
-    result says.
+    """As :func:`meft_kernels.slots.gather`.
 
     Reads 2 · d bytes over the bus for each row that is brought (in bf16), writes as many; the plan reads 24 bytes for
     each slot.
 
     Args:
         table: [r, d], in memory of the device or pinned on the host, which the device reads in place.
-        into: [S, d] of the same dtype: the slots. rows: [U'] int32, distinct; count: [1] int32 of them.
+        rows: [U'] int32 or int64. found: where the result goes; ``None``: into new tensors.
         programs: at most as many as run at once; a few saturate the bus.
         fused: ``False``: the plan and the copies in a launch each.
     """
     device, most, num_slots = into.device, rows.shape[0], into.shape[0]
     residency.now += 1
-    slots, copied = (torch.empty(most, dtype=torch.int32, device=device) for _ in range(2))
+    found = found or Gathered.room(most, device)
     ages, victims = (torch.empty(num_slots, dtype=torch.int32, device=device) for _ in range(2))
-    counts, ready = (torch.zeros(size, dtype=torch.int32, device=device) for size in (4, 1))
+    ready = torch.zeros(1, dtype=torch.int32, device=device)
     width = table.shape[1]
     for plans, copies in [(True, True)] if fused else [(True, False), (False, True)]:
         gather_kernel[(programs if copies else 1,)](
@@ -247,11 +203,11 @@ def gather(
             residency.used,
             residency.version_of_row,
             residency.version_of_slot,
-            slots,
-            copied,
+            found.slots,
+            found.copied,
             ages,
             victims,
-            counts,
+            found.counts,
             ready,
             num_slots,
             residency.now,
@@ -262,4 +218,4 @@ def gather(
             BLOCK_WIDTH=block(width, 4096, 16),
             num_warps=8,
         )
-    return Gathered(slots, copied, counts)
+    return found

@@ -1,7 +1,6 @@
 """The functions of ``kernels/sparse.py`` in Triton.
 
-The selection's rows are counted on the device; that they are handed on as a tensor of just as many is the one place
-where the host waits for it.
+How many rows are active is known to the device alone: nothing here waits for it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from meft_kernels import sparse
-from meft_kernels.sparse import Chosen, Inputs, Overflow, PickGradients, RowsAt, Selection
+from meft_kernels.quantized import QuantizedRows
+from meft_kernels.sparse import Chosen, GradientPlaces, Inputs, Overflow, PickGradients, RowsAt, Selection
 from meft_kernels.triton.cap import keep_largest
 from meft_kernels.triton.combine import combine
 from meft_kernels.triton.compact import compact
@@ -25,7 +25,6 @@ from meft_kernels.triton.score import score
 
 picked_gates = sparse.picked_gates
 gates_of = sparse.gates_of
-score_picks = sparse.score_picks
 logits_of = sparse.logits_of
 logit_gradients = sparse.logit_gradients
 
@@ -41,12 +40,14 @@ def choose_experts(given: Inputs, router: Tensor, experts_per_token: int, gate: 
 
 
 def choose_rows(
-    given: Inputs, keys: Tensor, chosen: Chosen, *, top_k: int, cap: int | None
+    given: Inputs, keys: Tensor | QuantizedRows, chosen: Chosen, *, top_k: int, cap: int | None
 ) -> tuple[Selection, Tensor, Overflow]:
     """As :func:`meft_kernels.sparse.choose_rows`."""
     experts, gates, counts, _ = chosen
     rows, per_token = keys.shape[0], experts.shape[1]
-    scores = score(given.h, keys, experts, counts, expert_lists(experts, counts), center=given.center)
+    table, scales = _parts(keys)
+    pairs = expert_lists(experts, counts)
+    scores = score(given.h, table, experts, counts, pairs, scales=scales, center=given.center)
     top_k = min(top_k, per_token * (rows // counts.shape[0]))
     ids, slots, raw, activations = pick(scores, experts, gates, top_k, rows)
     wanted = active = compact(ids, rows)
@@ -55,14 +56,24 @@ def choose_rows(
         active = keep_largest(wanted, activations, cap)
         kept_mass = torch.where(active.valid, activations, 0).sum()
         slots, raw = (torch.where(active.valid, of_pick, 0) for of_pick in (slots, raw))
-    counted, kept = torch.cat((wanted.count, active.count)).tolist()
-    selection = Selection(experts, active.rows[:kept].long(), active.positions, slots, active.valid)
-    return selection, raw, Overflow(counted, total, kept_mass)
+    selection = Selection(experts, active.rows.long(), active.positions, slots, active.valid, active.count)
+    return selection, raw, Overflow(wanted.count[0], total, kept_mass)
+
+
+def score_picks(x: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
+    """As :func:`meft_kernels.sparse.score_picks`."""
+    if isinstance(rows.table, QuantizedRows):
+        return sparse.score_picks(x, rows, selection)
+    # The gradient of a score is such a product, times a gate.
+    gates, none = x.new_ones(x.shape[0], 1), torch.zeros_like(selection.slots)
+    picks, valid = selection.picks, selection.valid
+    return pick_gradients(x, none.float(), gates, none, picks, valid, rows.table, rows.places)[0]
 
 
 def combine_rows(weights: Tensor, rows: RowsAt, selection: Selection) -> Tensor:
     """As :func:`meft_kernels.sparse.combine_rows`."""
-    return combine(weights, selection.picks, selection.valid, rows.table, places=rows.places)
+    table, scales = _parts(rows.table)
+    return combine(weights, selection.picks, selection.valid, table, places=rows.places, scales=scales)
 
 
 def gradients(
@@ -74,8 +85,9 @@ def gradients(
     keys: RowsAt,
     selection: Selection,
     room: Callable[[int, int], Tensor] = torch.empty,
+    places: GradientPlaces | None = None,
 ) -> PickGradients:
-    """As :func:`meft_kernels.sparse.gradients`."""
+    """As :func:`meft_kernels.sparse.gradients`; rows of the result from U on are not set where U is not known."""
     active, (tokens, width) = selection.active.numel(), grad_y.shape
     if not active:
         nothing = grad_y.new_zeros(0, width, dtype=torch.float32)
@@ -88,18 +100,30 @@ def gradients(
     )
     lists = compact(torch.where(valid, picks, active).int(), active)
     grad_values, grad_keys = (torch.empty(active, width, device=grad_y.device) for _ in range(2))
-    row_gradients(
-        grad_y,
-        given.h,
-        scores * picked_gates(gates, selection),
-        grad_scores,
-        lists,
-        grad_values,
-        grad_keys,
-        slots=torch.arange(active, dtype=torch.int32, device=grad_y.device),
-        fresh=torch.ones(active, dtype=torch.int32, device=grad_y.device),
-        center=given.center,
-    )
-    return PickGradients(
-        combine(grad_scores, picks, valid, keys.table, places=keys.places), grad_gates, grad_values, grad_keys
-    )
+    fresh = torch.ones(active, dtype=torch.int32, device=grad_y.device)
+    targets = [(grad_values, grad_keys, fresh.cumsum(0, dtype=torch.int32) - 1, fresh)]
+    if places is not None:
+        targets = [
+            (places.values, places.keys, places.slots, places.fresh),
+            (grad_values, grad_keys, places.rest, fresh),
+        ]
+    activations = scores * picked_gates(gates, selection)
+    for of_values, of_keys, slots, fresh in targets:
+        row_gradients(
+            grad_y,
+            given.h,
+            activations,
+            grad_scores,
+            lists,
+            of_values,
+            of_keys,
+            slots=slots,
+            fresh=fresh,
+            center=given.center,
+        )
+    return PickGradients(combine_rows(grad_scores, keys, selection), grad_gates, grad_values, grad_keys)
+
+
+def _parts(table: Tensor | QuantizedRows) -> tuple[Tensor, Tensor | None]:
+    """What kernels read: the table, and the scales of its rows."""
+    return (table.codes, table.scales) if isinstance(table, QuantizedRows) else (table, None)

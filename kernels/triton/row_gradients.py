@@ -34,27 +34,28 @@ def row_gradients_kernel(
 ):
     position = tl.program_id(0)
     if position < tl.load(COUNT):
-        column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        inside = column < WIDTH
-        value, key = tl.zeros((BLOCK_WIDTH,), tl.float32), tl.zeros((BLOCK_WIDTH,), tl.float32)
-        total = tl.zeros((BLOCK_PICKS,), tl.float32)
-        end = tl.load(ENDS + position)
-        for start in range(tl.load(STARTS + position), end, BLOCK_PICKS):
-            at = start + tl.arange(0, BLOCK_PICKS)
-            present = at < end
-            pick = tl.load(ORDER + at, mask=present, other=0)
-            activation = tl.load(ACTIVATIONS + pick, mask=present, other=0.0)
-            grad_score = tl.load(GRAD_SCORES + pick, mask=present, other=0.0)
-            of_token = (pick // TOP_K).to(tl.int64)[:, None] * WIDTH + column[None, :]
-            both = present[:, None] & inside[None, :]
-            value += tl.sum(tl.load(GRAD_Y + of_token, mask=both, other=0.0).to(tl.float32) * activation[:, None], 0)
-            key += tl.sum(tl.load(H + of_token, mask=both, other=0.0).to(tl.float32) * grad_score[:, None], 0)
-            total += grad_score
-        if CENTERED:
-            key -= tl.sum(total, 0) * tl.load(CENTER + column, mask=inside, other=0.0)
         slot = tl.load(SLOTS + position).to(tl.int64)
         # A row for which there was no slot must not fall into somebody else's.
         if (slot >= 0) & (slot < slots):
+            column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+            inside = column < WIDTH
+            value, key = tl.zeros((BLOCK_WIDTH,), tl.float32), tl.zeros((BLOCK_WIDTH,), tl.float32)
+            total = tl.zeros((BLOCK_PICKS,), tl.float32)
+            end = tl.load(ENDS + position)
+            for start in range(tl.load(STARTS + position), end, BLOCK_PICKS):
+                at = start + tl.arange(0, BLOCK_PICKS)
+                present = at < end
+                pick = tl.load(ORDER + at, mask=present, other=0)
+                activation = tl.load(ACTIVATIONS + pick, mask=present, other=0.0)
+                grad_score = tl.load(GRAD_SCORES + pick, mask=present, other=0.0)
+                of_token = (pick // TOP_K).to(tl.int64)[:, None] * WIDTH + column[None, :]
+                both = present[:, None] & inside[None, :]
+                grad_y = tl.load(GRAD_Y + of_token, mask=both, other=0.0).to(tl.float32)
+                value += tl.sum(grad_y * activation[:, None], 0)
+                key += tl.sum(tl.load(H + of_token, mask=both, other=0.0).to(tl.float32) * grad_score[:, None], 0)
+                total += grad_score
+            if CENTERED:
+                key -= tl.sum(total, 0) * tl.load(CENTER + column, mask=inside, other=0.0)
             of_slot = slot * WIDTH + column
             if tl.load(FRESH + position) == 0:
                 value += tl.load(VALUES + of_slot, mask=inside, other=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -22,10 +22,12 @@ from meft_engine.adapter.peft_keys import peft_keys
 from meft_engine.adapter.switch import DEFAULT_NAME, Switch
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.cores import rank_cores
+from meft_engine.offload.gradient_slots import GradientSlots
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.offload.traffic import Traffic
 from meft_engine.parallel.ranks import Ranks
 from meft_engine.parallel.sharding import Sharding, TablePlan
-from meft_engine.planner import host_bytes_needed, require_host_memory, snapshot_bytes_needed
+from meft_engine.planner import gradient_slots_of_layer, host_bytes_needed, require_host_memory, snapshot_bytes_needed
 from meft_engine.zero_parameters import full_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -45,6 +47,8 @@ class AttachedAdapters:
     """A sample of each FFN's gate weights, by which another base model is told apart."""
     peft_keys: dict[str, Any]
     """What PEFT is to know of the base model, wherever the adapter is saved."""
+    traffic: list[Traffic] = field(default_factory=list)
+    """Of every device that rows visit."""
     base_quantized: bool = False
     """Whether weights of an adapted FFN are kept in fewer bits than they were trained in."""
     measured_bytes: int = 0
@@ -62,6 +66,11 @@ class AttachedAdapters:
         if self.config.adapter.freeze_base:
             return self.base_samples
         return {name: base_sample(ffn.gate_weight) for name, ffn in self.ffns.items()}
+
+    def close(self) -> None:
+        """End what goes to and from devices; rows are of no use afterwards."""
+        for traffic in self.traffic:
+            traffic.gradients.close()
 
     def tables(self) -> list[PartiallyOffloadedTensor]:
         """Every adapter's keys, then its values, first layer first."""
@@ -121,12 +130,16 @@ def attach(
 
     base_parameters = sum(math.prod(full_shape(p)) for p in model.parameters())
     attached = AttachedAdapters(config, compute_dtype, {}, {}, base_parameters, {}, peft_keys(model, config.adapter))
+    traffic: dict[torch.device, Traffic | None] = {}
     switch = Switch(name, selected=not others, enabled=all(other.enabled for other in others))
     trackers = {stack: CallTracker(model.get_submodule(stack), switch) for stack in {ffn.stack for ffn in ffns}}
     try:
         for index, ffn in enumerate(ffns):
             gate_weight = ffn.gate_weight
             place = torch.device(device) if device is not None else gate_weight.device
+            if place not in traffic:
+                traffic[place] = Traffic.of(place, config.offload)
+                attached.traffic += [traffic[place]] if traffic[place] is not None else []
             with attached.measured():
                 tables = [
                     PartiallyOffloadedTensor(
@@ -135,13 +148,16 @@ def attach(
                         ffn.width,
                         device=place,
                         compute_dtype=compute_dtype,
-                        resident=kind == "keys" or values_on_device,
+                        resident=(config.offload.keys == "device") if kind == "keys" else values_on_device,
+                        resident_dtype=torch.int8 if (kind, config.offload.keys_dtype) == ("keys", "int8") else None,
+                        read_whole=kind == "keys",
                         trainable=trainable,
                         max_staleness=config.optimizer.max_staleness,
                         pin_memory=config.offload.pin_memory,
                         huge_pages=config.offload.huge_pages,
                         threads=len(rank_cores()),
                         shard=sharding.shard(2 * index + at) if sharding is not None else None,
+                        traffic=traffic[place].of_keys() if kind == "keys" and traffic[place] else traffic[place],
                     )
                     for at, kind in enumerate(("keys", "values"))
                 ]
@@ -150,7 +166,10 @@ def attach(
             tables[0].fill(keys)
             router = initial_router(keys, config.adapter.resolved_num_experts)
             router = router.to(gate_weight.device, gate_weight.dtype)
-            adapter = SparseAdapter(ffn.portable_name, config, router, *tables, trackers[ffn.stack], ranks, switch)
+            slots = _gradient_slots(config, tables, len(ffns)) if trainable and traffic[place] is not None else None
+            adapter = SparseAdapter(
+                ffn.portable_name, config, router, *tables, trackers[ffn.stack], ranks, switch, slots
+            )
             adapter.train(ffn.module.training)
             ffn.module.add_module(attribute_of(name), adapter)
             adapter.hooks += [*listen(adapter, ffn.entry, ffn.exit), *trackers[ffn.stack].hooks]
@@ -179,10 +198,10 @@ def _shard(
             rows=shape.rows,
             expert_rows=shape.rows // shape.resolved_num_experts,
             width=ffn.width,
-            on_device=resident and torch.device(device or ffn.gate_weight.device).type != "cpu",
+            on_device=torch.device(device or ffn.gate_weight.device).type != "cpu",
         )
         for ffn in ffns
-        for resident in (True, False)
+        for _ in ("keys", "values")
     ]
     return Sharding(
         ranks,
@@ -194,6 +213,14 @@ def _shard(
         pin_memory=config.offload.pin_memory,
         huge_pages=config.offload.huge_pages,
     )
+
+
+def _gradient_slots(
+    config: MeftConfig, tables: Sequence[PartiallyOffloadedTensor], layers: int
+) -> GradientSlots | None:
+    """A layer's share of ``offload.grad_slot_bytes``; ``None`` where it holds no row."""
+    slots = gradient_slots_of_layer(config, layers, tables[0].width)
+    return GradientSlots(*tables, slots) if slots else None
 
 
 def _anonymous_memory() -> int:

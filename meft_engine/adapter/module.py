@@ -15,6 +15,7 @@ from meft_engine.adapter.calls import CallTracker, Record, recomputing
 from meft_engine.adapter.routing import RoutingStats, choose_rows
 from meft_engine.adapter.switch import Switch
 from meft_engine.config import MeftConfig
+from meft_engine.offload.gradient_slots import GradientSlots
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.parallel.ranks import Ranks
 from meft_engine.phases import phase
@@ -32,6 +33,7 @@ class SparseAdapter(nn.Module):
         keys, values: the tables [r, d]. calls: the tracker of the layer's stack.
         ranks: those that train together, over all of which inputs are centered and experts balanced.
         switch: shared with the same adapter's other layers; ``None``: one of its own, which is on.
+        gradient_slots: of both tables; ``None``: gradients go to the host at once.
     """
 
     def __init__(
@@ -44,10 +46,12 @@ class SparseAdapter(nn.Module):
         calls: CallTracker,
         ranks: Ranks | None = None,
         switch: Switch | None = None,
+        gradient_slots: GradientSlots | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.switch = switch or Switch()
+        self.gradient_slots = gradient_slots
         self.router = nn.Parameter(router, requires_grad=keys.trainable and config.trains_routers)
         self.keys, self.values = keys, values
         self.stats = RoutingStats()
@@ -66,6 +70,8 @@ class SparseAdapter(nn.Module):
         self._center_known = False
         # What the training loss is multiplied by before its backward, for losses that are added here.
         self.__dict__["loss_factor"] = lambda: 1.0
+        # Whether the micro-step that is running ends an accumulation window.
+        self.__dict__["at_boundary"] = lambda: False
         self._number = operators.register(self)
         # Makes autograd come back where no input requires grad (a first layer over a frozen base, gate "none").
         # A buffer or parameter would be cast and counted; this is neither.
@@ -103,7 +109,7 @@ class SparseAdapter(nn.Module):
                 gates = passes.gates_of(logits.gather(1, selection.experts), adapter.gate)
                 for table, version in zip((self.keys, self.values), versions, strict=True):
                     table.require_version(version)
-                with self.keys.rows_at(selection.active, latest=not training) as keys:
+                with self.keys.rows_at(selection.active, count=selection.count, latest=not training) as keys:
                     scores = passes.score_picks(given.x, keys, selection)
             else:
                 chosen = passes.choose_experts(given, router, adapter.experts_per_token, adapter.gate, self.expert_bias)
@@ -112,6 +118,9 @@ class SparseAdapter(nn.Module):
                 load = self._load(chosen) if training and self._config.router.adds_losses else None
                 self._calls.record(self, h, Record(tokens, selection, versions, load))
         # Copies of what is remembered: a compiler uses the memory of an operator's results again.
+        active = selection.active.clone()
+        for table in (self.keys, self.values):
+            table.expect(active, selection.count, latest=not training, keep=training)
         return operators.Routed(
             gates,
             scores,
@@ -119,7 +128,11 @@ class SparseAdapter(nn.Module):
             versions=torch.tensor(versions),
             load=scores.new_empty(0) if load is None else load.clone(),
             logits=scores.new_empty(0) if load is None or logits is None else logits.view(-1),
-            **{name: tensor.clone() for name, tensor in vars(selection).items()},
+            active=active,
+            count=selection.slots.new_empty(0, dtype=torch.int32)
+            if selection.count is None
+            else selection.count.clone(),
+            **{name: getattr(selection, name).clone() for name in ("experts", "picks", "slots", "valid")},
         )
 
     def router_gradients(
@@ -142,20 +155,27 @@ class SparseAdapter(nn.Module):
         selection, passes = routed.selection, token_passes(h.device)
         with torch.autocast(h.device.type, enabled=False), phase("combine"):
             weights = routed.scores * passes.picked_gates(routed.gates, selection)
-            with self.values.rows_at(selection.active, latest=not training) as rows:
+            with self.values.rows_at(
+                selection.active, count=selection.count, latest=not training, keep=training
+            ) as rows:
                 return self._spread(passes.combine_rows(weights, rows, selection), h, routed)
 
     def hand_back(self, grad_y: Tensor, h: Tensor, routed: operators.Routed, training: bool) -> tuple[Tensor, Tensor]:
         """Give the tables the gradients of their rows, and the caller those of h [..., d] and of the gates [T, n]."""
         selection, passes = routed.selection, token_passes(h.device)
         with torch.autocast(h.device.type, enabled=False), phase("row_gradients"):
-            tokens, active = self._real(routed, h), selection.active
+            tokens, active, count = self._real(routed, h), selection.active, selection.count
             given = self._inputs(h, tokens)
             flat = grad_y.reshape(-1, grad_y.shape[-1])
             keys_version, values_version = routed.versions.tolist()
+            places = self.gradient_slots.places(active, count) if self.gradient_slots is not None else None
             with (
-                self.values.rows_at(active, values_version, latest=not training) as value_rows,
-                self.keys.rows_at(active, keys_version, latest=not training) as key_rows,
+                self.values.rows_at(
+                    active, values_version, count=count, latest=not training, keep=training, backward=True
+                ) as value_rows,
+                self.keys.rows_at(
+                    active, keys_version, count=count, latest=not training, keep=training, backward=True
+                ) as key_rows,
             ):
                 found = passes.gradients(
                     flat if tokens is None else flat[tokens],
@@ -166,10 +186,14 @@ class SparseAdapter(nn.Module):
                     key_rows,
                     selection,
                     self.values.room_for_gradients,
+                    places,
                 )
             of_values, of_keys = found.squared_norms or (None, None)
-            self.values.accumulate(active, found.values, of_values)
-            self.keys.accumulate(active, found.keys, of_keys)
+            rows, count = (active, count) if places is None else (places.rows, places.count)
+            self.values.accumulate(rows, found.values, of_values, count)
+            self.keys.accumulate(rows, found.keys, of_keys, count)
+            if places is not None and self.at_boundary():
+                self.gradient_slots.flush()  # while the backward of earlier layers goes on
             return self._spread(found.x, h, routed), found.gates
 
     def _inputs(self, h: Tensor, tokens: Tensor | None, *, measure: bool = False) -> Inputs:
@@ -247,7 +271,7 @@ class SparseAdapter(nn.Module):
         for observe in self.observers:
             observe(selection, scores * chosen.gates.gather(1, selection.slots), overflow)
         if training:
-            self.stats.count(selection.active.numel(), overflow, chosen.counts.float())
+            self.stats.count(selection.number, overflow, chosen.counts.float())
         return selection, scores
 
     def extra_repr(self) -> str:

@@ -41,11 +41,13 @@ class Routed(NamedTuple):
     picks: Tensor
     slots: Tensor
     valid: Tensor
+    count: Tensor
+    """[1] int32: U; [0] where it is the number of elements of ``active``."""
 
     @property
     def selection(self) -> Selection:
-        """The last five."""
-        return Selection(*self[6:])
+        """The last six."""
+        return Selection(*self[6:-1], self.count if self.count.numel() else None)
 
 
 class Layer(Protocol):
@@ -73,7 +75,7 @@ def register(layer: Layer) -> int:
     return number
 
 
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("meft::route", mutates_args=())
@@ -85,7 +87,7 @@ def route(h: Tensor, router: Tensor, layer: int, training: bool, experts_per_tok
 @route.register_fake
 def _(h: Tensor, router: Tensor, layer: int, training: bool, experts_per_token: int, top_k: int) -> _Tensors:
     context = torch.library.get_ctx()
-    tokens, indexed, active, loaded, known = (context.new_dynamic_size() for _ in range(5))
+    tokens, indexed, active, loaded, known, counted = (context.new_dynamic_size() for _ in range(6))
 
     def ids(*shape: Any) -> Tensor:
         return h.new_empty(shape, dtype=torch.int64)
@@ -102,6 +104,7 @@ def _(h: Tensor, router: Tensor, layer: int, training: bool, experts_per_token: 
         ids(tokens, top_k),
         ids(tokens, top_k),
         h.new_empty((tokens, top_k), dtype=torch.bool),
+        h.new_empty(counted, dtype=torch.int32),
     )
 
 

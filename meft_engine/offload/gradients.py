@@ -25,9 +25,9 @@ class GradientAccumulator:
     ones are added in place; rows that appear later are put behind, into a buffer that grows by doubling.
     """
 
-    def __init__(self, table_rows: int, threads: int) -> None:
+    def __init__(self, table_rows: int, threads: int, *, pin_memory: bool = False) -> None:
         self._table_rows, self.threads = table_rows, threads
-        self.memory = ReusedMemory()
+        self.memory = ReusedMemory(pin_memory=pin_memory)
         """For gradients to come."""
         self._slot_of_row: Tensor | None = None
         self.clear()

@@ -83,10 +83,14 @@ class ReusedMemory:
 
     What a tensor lay in is given out again once nothing refers to it any more. Memory that comes from the system anew
     is filled with zeros page by page, which takes longer than writing what it is for. Threads may share it.
+
+    Args:
+        pin_memory: register it with CUDA, as :func:`host_zeros` does.
     """
 
-    def __init__(self) -> None:
-        self._free: list[mmap.mmap] = []
+    def __init__(self, *, pin_memory: bool = False) -> None:
+        self._pins = pin_memory and torch.cuda.is_available()
+        self._free: list[Mapping] = []
         self._lock = threading.RLock()  # a collection of garbage may come back here at any time
 
     def empty(self, *shape: int) -> Tensor:
@@ -100,19 +104,21 @@ class ReusedMemory:
         weakref.finalize(lease, self._give_back, mapping).atexit = False
         return torch.frombuffer(lease, dtype=torch.float32, count=elements).view(shape)
 
-    def _find(self, needed: int) -> mmap.mmap:
+    def _find(self, needed: int) -> Mapping:
         with self._lock:
             fitting = [place for place, mapping in enumerate(self._free) if needed <= len(mapping) <= 4 * needed]
             if fitting:
                 return self._free.pop(min(fitting, key=lambda place: len(self._free[place])))
             if self._free:
                 self._free.pop(0)  # of another size, which has not been asked for for the longest time
-        mapping = mmap.mmap(-1, -(-needed // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = Mapping(-1, -(-needed // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
+        if self._pins:
+            pin(mapping, torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr())
         return mapping
 
-    def _give_back(self, mapping: mmap.mmap) -> None:
+    def _give_back(self, mapping: Mapping) -> None:
         with self._lock:
             self._free.append(mapping)
 

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from meft_engine.offload.gradients import GradientAccumulator, RowGradient
 from meft_engine.offload.memory import host_zeros, pieces
+from meft_engine.offload.resident import ResidentRows
 from meft_engine.offload.shard import Shard
+from meft_engine.offload.slots import SlottedRows
+from meft_engine.offload.traffic import Traffic
 from meft_engine.phases import phase
 from meft_kernels import planes
 from meft_kernels.dispatch import RowsAt, row_passes
+from meft_kernels.quantized import QuantizedRows
 from meft_kernels.rows import RowTable
 
 
@@ -46,11 +50,15 @@ class PartiallyOffloadedTensor:
         rows: r. width: d.
         device: where the model computes.
         compute_dtype: precision of the compute copy, ``torch.float32`` or ``torch.bfloat16``.
-        resident: keep the whole compute copy on ``device``.
+        resident: keep the whole compute copy on ``device``. resident_dtype: of that copy; int8: with a scale for each
+            row, and what the model then computes with; ``None``: ``compute_dtype``.
+        read_whole: readers want all of it as it is (keys); else rows that an optimizer has left behind are brought to
+            date for whoever reads them. ``None``: if it is resident.
         trainable: accept gradients; ``False`` for inference, where they are ignored and no lower plane is kept.
         max_staleness: how many updates a reader may be behind where it does not ask for the latest rows.
         pin_memory, huge_pages: as :func:`host_zeros` has them. threads: for passes over rows on the host.
         shard: what other ranks own; ``None``: all rows are this process's.
+        traffic: between host and device, beside the computation; ``None``: each copy is waited for.
     """
 
     def __init__(
@@ -68,12 +76,17 @@ class PartiallyOffloadedTensor:
         huge_pages: bool = True,
         threads: int = 1,
         shard: Shard | None = None,
+        traffic: Traffic | None = None,
+        resident_dtype: torch.dtype | None = None,
+        read_whole: bool | None = None,
     ) -> None:
         self.name = name
         self.shard = shard
+        self._traffic = traffic
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype
-        self.resident = resident
+        self.resident, self._resident_dtype = resident, resident_dtype or compute_dtype
+        self.read_whole = resident if read_whole is None else read_whole
         self.trainable = trainable
         self.threads = threads
         self.handle = torch.zeros((), dtype=torch.float32).expand(rows, width)
@@ -92,10 +105,15 @@ class PartiallyOffloadedTensor:
         self._low = None
         if split and trainable:
             self._low = allocate(torch.int16, shared=shard is None or shard.shares_state)
-        on_device = resident and self.device.type != "cpu"
-        self._device_copy = torch.zeros(rows, width, dtype=compute_dtype, device=self.device) if on_device else None
+        self._on_device: ResidentRows | SlottedRows | None = None
+        if self._needs_copy_on(self.device):
+            self._on_device = self._resident_on(self.device)
+        elif traffic is not None:
+            self._on_device = SlottedRows(
+                self.handle.shape, compute_dtype, self.device, traffic.slots, traffic.updates, self.reading
+            )
         self._refreshed = 0  # the update up to which the device's copy has followed those of other ranks
-        self._gradient = GradientAccumulator(rows, threads)
+        self._gradient = GradientAccumulator(rows, threads, pin_memory=pin_memory and self.device.type == "cuda")
         self._largest_gather = 0
         self.read_current: Callable[[Tensor], Tensor | None] | None = None
         """Set by an optimizer that leaves idle rows behind: the masters [n, d] of some rows brought to date, or
@@ -105,10 +123,14 @@ class PartiallyOffloadedTensor:
         """Set by who is reading the rows as they are now: called with rows that are about to change, and with a
         function to call while that has to wait."""
 
+        self.before_gradient: Callable[[], None] | None = None
+        """Set by who still holds gradients back: gives them to :meth:`accumulate`, before the sum is asked for."""
+
         self.max_staleness = max_staleness
         self.reads, self.stale_reads = 0, 0
-        # Of values gathered and gradients returned; where device and host are one, what would cross otherwise.
-        self.bytes_to_device, self.bytes_to_host = 0, 0
+        self.bytes_to_host = 0
+        """Of gradients returned; where device and host are one, what would cross otherwise."""
+        self._bytes_gathered = 0
         self._expected, self._written, self._torn = 0, 0, False
         self._lock = threading.RLock()
         self._wait = shard.wait if shard is not None else None
@@ -264,25 +286,25 @@ class PartiallyOffloadedTensor:
     def refresh(self, rows: Tensor | slice) -> None:
         """Bring rows that have been written to the device's copy, where there is one; other ranks do so when they
         read next."""
-        if self._device_copy is None:
+        if self._on_device is None:
             return
         if self.shard is not None:
             self.shard.changed_at[rows] = self._expected
         else:
-            self._device_copy[rows] = self._high[rows].to(self.device)
+            self._on_device.changed(rows, self._high)
 
     def _follow_others(self) -> None:
-        """Bring what any rank has written since the last time to the device's copy."""
-        if self._device_copy is None or self.shard is None or self._refreshed == self._expected:
+        """Bring what any rank has written since the last time to the device."""
+        if self._on_device is None or self.shard is None or self._refreshed == self._expected:
             return
         rows = (self.shard.changed_at > self._refreshed).nonzero().flatten()
-        self._device_copy[rows.to(self.device)] = self._high[rows].to(self.device)
+        self._on_device.changed(rows, self._high)
         self._refreshed = self._expected
 
     # Reading
 
     @contextmanager
-    def reading(self, *, latest: bool = True) -> Iterator[Tensor]:
+    def reading(self, *, latest: bool = True) -> Iterator[Tensor | QuantizedRows]:
         """The compute copy [r, d], where it is kept whole; while inside, no update touches it.
 
         Args:
@@ -307,7 +329,9 @@ class PartiallyOffloadedTensor:
             self.reads += 1
             self.stale_reads += behind > 0
             self._follow_others()
-            yield self._device_copy if self._device_copy is not None else self._high
+            if self._on_device is not None:
+                self._on_device.land()
+            yield self._on_device.table if isinstance(self._on_device, ResidentRows) else self._high
         finally:
             self._lock.release()
 
@@ -316,7 +340,7 @@ class PartiallyOffloadedTensor:
         written = self._written if self.shard is None else int(self.shard.written.min())
         return self._expected - written
 
-    def compute_copy(self) -> Tensor:
+    def compute_copy(self) -> Tensor | QuantizedRows:
         """The whole compute copy [r, d] on the device. Only for a resident tensor."""
         if not self.resident:
             raise RuntimeError(f"{self.name} is not resident on the device; gather the rows that are needed")
@@ -341,7 +365,7 @@ class PartiallyOffloadedTensor:
             self.require_version(version)
         self._count_gather(rows.numel())
         with phase("gather"), self.reading(latest=latest) as table:
-            if table.device.type != "cpu":
+            if isinstance(self._on_device, ResidentRows):
                 return table.index_select(0, rows.to(table.device)).to(self.device).float()
             rows = rows.to("cpu").contiguous()
             found = self._brought_to_date(rows)
@@ -349,20 +373,66 @@ class PartiallyOffloadedTensor:
                 found = row_passes().gather_rows(table, rows, threads=self.threads)
         return found.to(self.device)
 
+    def expect(self, rows: Tensor, count: Tensor | None = None, *, latest: bool = True, keep: bool = False) -> None:
+        """Say which rows :meth:`rows_at` will be asked for, so that they can come meanwhile; arguments as there."""
+        if self._visits_slots():
+            with phase("gather"):
+                self._on_device.expect(rows, count, self.version, latest=latest, keep=keep)
+
     @contextmanager
-    def rows_at(self, rows: Tensor, version: int | None = None, *, latest: bool = True) -> Iterator[RowsAt]:
-        """As :meth:`gather`, but for the time in which they are used: where device and host are one, no copies."""
-        if self.device.type != "cpu":
-            yield RowsAt(self.gather(rows, version, latest=latest), None)
-            return
+    def rows_at(
+        self,
+        rows: Tensor,
+        version: int | None = None,
+        *,
+        count: Tensor | None = None,
+        latest: bool = True,
+        keep: bool = False,
+        backward: bool = False,
+    ) -> Iterator[RowsAt]:
+        """As :meth:`gather`, but for the time in which they are used: where device and host are one, no copies, and
+        else copies that the host does not wait for, in the compute copy's dtype.
+
+        Args:
+            count: [1] int32, on the device: how many of the ``rows`` are meant, the first ones; ``None``: all.
+            keep: let the rows stay on the device for the backward and further micro-steps, if there is room.
+            backward: a backward asks, so that the layer before will ask next.
+        """
         if version is not None:
             self.require_version(version)
+        if self._visits_slots():
+            with phase("gather"):
+                place = self._on_device.at(rows, count, self.version, latest=latest, keep=keep, backward=backward)
+            yield place
+            return
+        resident = isinstance(self._on_device, ResidentRows)
+        if count is not None and not resident:
+            rows = rows[: int(count)]
+        if self.device.type != "cpu" and self._traffic is None:
+            yield RowsAt(self.gather(rows, latest=latest), None)
+            return
+        if self._on_device is not None and not resident:
+            self._count_gather(rows.numel())
+            yield RowsAt(self._staged(rows.to("cpu"), latest), None)
+            return
         self._count_gather(rows.numel())
         with ExitStack() as stack:
             with phase("gather"):
                 table = stack.enter_context(self.reading(latest=latest))
-                current = self._brought_to_date(rows)
+                current = None if resident else self._brought_to_date(rows)
             yield RowsAt(table, rows) if current is None else RowsAt(current, None)
+
+    def _visits_slots(self) -> bool:
+        # Rows that are brought to date for each reader are new every time.
+        return isinstance(self._on_device, SlottedRows) and self.read_current is None
+
+    def _staged(self, rows: Tensor, latest: bool) -> Tensor:
+        """[n, d] on the device, brought to date, for whatever it is told from now on."""
+        with phase("gather"), self.reading(latest=latest) as table:
+            current = self._brought_to_date(rows)
+            found, copy = self._traffic.rows.bring(table, rows) if current is None else self._traffic.rows.send(current)
+        copy.hold_device()
+        return found
 
     def _brought_to_date(self, rows: Tensor) -> Tensor | None:
         """[n, d] float32: the compute copies of rows of which an optimizer has left some behind; ``None``: of none."""
@@ -374,7 +444,22 @@ class PartiallyOffloadedTensor:
     def _count_gather(self, count: int) -> None:
         self._largest_gather = max(self._largest_gather, count)
         if not self.resident:
-            self.bytes_to_device += count * self.width * self.compute_dtype.itemsize
+            self._bytes_gathered += count * self.width * self.compute_dtype.itemsize
+
+    @property
+    def bytes_to_device(self) -> int:
+        """Of rows gathered; where device and host are one, what would cross otherwise. May wait for the device."""
+        brought = self._on_device.visits()[1] * self._on_device.row_bytes if self._visits_slots() else 0
+        return self._bytes_gathered + brought
+
+    @property
+    def bytes_of_updates(self) -> int:
+        """Of updated rows that were sent to the device's copy."""
+        return self._on_device.bytes_sent if isinstance(self._on_device, ResidentRows) else 0
+
+    def visits(self) -> tuple[int, int]:
+        """Rows that were asked for while they were still on the device, and rows that were brought. May wait for it."""
+        return self._on_device.visits() if self._visits_slots() else (0, 0)
 
     @property
     def version(self) -> int:
@@ -395,24 +480,50 @@ class PartiallyOffloadedTensor:
 
     # Gradients
 
-    def accumulate(self, rows: Tensor, grad: Tensor, squared_norms: Tensor | None = None) -> None:
+    def accumulate(
+        self, rows: Tensor, grad: Tensor, squared_norms: Tensor | None = None, count: Tensor | None = None
+    ) -> None:
         """Add the gradient of some rows. Rows not named get none; the sum follows the order of the calls.
 
         Args:
             rows: [n] int64, no two equal. grad: [n, d]; the tensor is taken over, not copied.
             squared_norms: [n] float64, of the rows of ``grad``, where they are known.
+            count: [1] int32, on the device: how many of them there are, the first ones; ``None``: all.
 
         Raises:
-            IndexError: for rows that the table does not have.
+            IndexError: for rows that the table does not have; of gradients that arrive later, when they are asked for.
         """
         if not self.trainable or not rows.numel():
             return
-        self.bytes_to_host += grad.numel() * torch.float32.itemsize
-        rows, grad = rows.to("cpu"), grad.to("cpu", torch.float32).contiguous()
+        grad = grad.to(torch.float32).contiguous()
+        if self._traffic is not None:
+            self._traffic.gradients.send(rows, grad, squared_norms, count, self.room_for_gradients, self._add_gradient)
+            return
+        if count is not None:
+            rows, grad = rows[: int(count)], grad[: int(count)]
+            squared_norms = squared_norms[: int(count)] if squared_norms is not None else None
+        self._add_gradient(rows.to("cpu"), grad.to("cpu"), squared_norms)
+
+    def _add_gradient(self, rows: Tensor, grad: Tensor, squared_norms: Tensor | None) -> None:
+        if not rows.numel():
+            return
+        self.bytes_to_host += grad.nbytes
         least, most = int(rows.min()), int(rows.max())
         if least < 0 or most >= self.rows:
             raise IndexError(f"{self.name} has {self.rows} rows; a gradient names rows {least} to {most}")
         self._gradient.add(rows, grad, squared_norms)
+
+    def _arrived(self) -> GradientAccumulator:
+        """The sum, once everything that is held back or on its way has been added."""
+        if self.before_gradient is not None:
+            self.before_gradient()
+        self.finish_sending()
+        return self._gradient
+
+    def finish_sending(self) -> None:
+        """Wait until every gradient that :meth:`accumulate` was given has been added."""
+        if self._traffic is not None:
+            self._traffic.gradients.drain()
 
     def room_for_gradients(self, *shape: int) -> Tensor:
         """An empty float32 tensor on the host, for :meth:`accumulate` to take over."""
@@ -420,11 +531,11 @@ class PartiallyOffloadedTensor:
 
     def gradient(self) -> RowGradient | None:
         """What has been accumulated since the last :meth:`clear_gradient`; ``None`` if nothing."""
-        return self._gradient.sum()
+        return self._arrived().sum()
 
     def squared_gradient_norm(self) -> float:
         """Of what has been accumulated; 0 if nothing, NaN if any of it is."""
-        return self._gradient.squared_norm()
+        return self._arrived().squared_norm()
 
     def replace_gradient(self, rows: Tensor, grad: Tensor) -> None:
         """Put what all ranks have accumulated for this rank's rows in the place of what this rank has accumulated.
@@ -432,12 +543,12 @@ class PartiallyOffloadedTensor:
         Args:
             rows: [n] int64, no two equal; there may be none. grad: [n, d] float32.
         """
-        self._gradient.clear()
+        self._arrived().clear()
         self._gradient.add(rows, grad)
 
     def clear_gradient(self) -> None:
         """Forget the accumulated gradient."""
-        self._gradient.clear()
+        self._arrived().clear()
 
     # Updates
 
@@ -451,6 +562,8 @@ class PartiallyOffloadedTensor:
     def writing(self) -> Iterator[None]:
         """Carry out an update that was announced. If it raises, the table is unreadable from then on."""
         with self._lock:
+            if self._on_device is not None:
+                self._on_device.finish_reading()
             self._torn = True
             yield
             self._note_written(self._written + 1)
@@ -468,10 +581,22 @@ class PartiallyOffloadedTensor:
 
         Only for inference.
         """
-        if device != self.device:
-            self.device = device
-            on_device = self.resident and device.type != "cpu"
-            self._device_copy = self._high.to(device) if on_device else None
+        if device == self.device:
+            return
+        if isinstance(self._on_device, SlottedRows):
+            self._on_device.close()
+        self.device, self._traffic, self._on_device = device, None, None
+        if self._needs_copy_on(device):
+            self._on_device = self._resident_on(device)
+            self._on_device.changed(slice(None), self._high)
+
+    def _needs_copy_on(self, device: torch.device) -> bool:
+        apart = device.type != "cpu" or self._traffic is not None
+        return self.resident and (apart or self._resident_dtype != self.compute_dtype)
+
+    def _resident_on(self, device: torch.device) -> ResidentRows:
+        updates = self._traffic.updates if self._traffic is not None else None
+        return ResidentRows(self.handle.shape, self._resident_dtype, device, updates)
 
     def host_bytes(self) -> int:
         """Bytes allocated on the host for the rows themselves (gradients in flight and optimizer state not counted);
@@ -487,16 +612,21 @@ class PartiallyOffloadedTensor:
         return plane.nbytes // self.shard.ranks_of_node if shared else plane[self.shard.owned].nbytes
 
     def device_bytes(self) -> int:
-        """Bytes that the compute device needs at hand: the resident copy, or the largest gather seen so far.
-
-        On the CPU device and host are one: there this says what an accelerator would hold.
+        """Bytes that the compute device needs at hand for rows that live there, or else, where device and host are one
+        and so nothing is allocated, for the largest gather seen so far.
         """
+        if isinstance(self._on_device, ResidentRows):
+            return self._on_device.table.nbytes
+        if self._on_device is not None:
+            return 0  # slots are the pool's
         rows = self.rows if self.resident else self._largest_gather
         return rows * self.width * self.compute_dtype.itemsize
 
     def close(self) -> None:
         """Give the memory back; the table is not usable afterwards."""
-        self._high = self._low = self._device_copy = self.read_current = self.shard = None
+        if isinstance(self._on_device, SlottedRows):
+            self._on_device.close()
+        self._high = self._low = self._on_device = self.read_current = self.before_gradient = self.shard = None
         self._gradient.clear()
 
     def __deepcopy__(self, memo: dict) -> PartiallyOffloadedTensor:

@@ -157,7 +157,7 @@ class SparseCPUAdam(torch.optim.Optimizer):
                     "step": allocate((table.rows,), torch.int32),
                     **dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True)),
                 }
-                if self._histories and not table.resident:
+                if self._histories and not table.read_whole:
                     table.read_current = lambda rows, t=table, i=index: self._read_current(t, i, rows)
 
     def tables(self) -> list[PartiallyOffloadedTensor]:

@@ -21,7 +21,7 @@ class TablePlan:
     expert_rows: int
     width: int
     on_device: bool
-    """Whether a device keeps a copy of it."""
+    """Whether a device has copies of rows of it."""
 
 
 def owned_rows(rows: int, expert_rows: int, ranks: int) -> list[slice]:

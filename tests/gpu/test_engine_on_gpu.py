@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,11 +182,60 @@ def test_rows_on_the_device_and_a_model_that_moves_give_the_same_logits(tmp_path
     assert all(torch.equal(found[0], logits) for logits in found[1:])
 
 
-def test_the_report_counts_what_the_device_holds():
+WAYS = {
+    "slots for no layer": {"slot_bytes": 0},
+    "slots for some": {"slot_bytes": 4000},
+    "gradients on the device": {"grad_slot_bytes": 10**9},
+    "gradients of some rows": {"grad_slot_bytes": 8000},
+    "not pinned": {"pin_memory": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_how_rows_travel_changes_nothing(way, deterministic):
+    states, losses = [], []
+    for offload in ({}, WAYS[way]):
+        engine = make_engine(block=tiny_block(SHAPE, offload=offload), gas=3, clip=0.5)
+        losses.append(losses_of(engine, 6, gas=3))
+        states.append(full_state(engine))
+    assert losses[0] == losses[1]
+    assert not differing(*states)
+
+
+@pytest.mark.parametrize("offload", [{"keys": "host"}, {"keys_dtype": "int8"}], ids=["host", "int8"])
+def test_keys_elsewhere_and_in_eight_bits(offload):
+    """Scored on the host as on the device, up to rounding; and with a loss that falls in either case."""
+    losses = [losses_of(make_engine(block=tiny_block(SHAPE, offload=given)), 6) for given in ({}, offload)]
+    tolerance = 1e-4 if "keys" in offload else 2e-2
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+def test_rows_that_stay_are_not_brought_again():
+    engine = make_engine(gas=2)
+    losses_of(engine, 2, gas=2)
+    traffic = engine.meft_report()["traffic"]
+    assert traffic["misses"] > 0 and traffic["hits"] > 0
+    width = tables(engine).popitem()[1].width
+    assert traffic["values_to_device"] == traffic["misses"] * width * 4
+
+
+@pytest.mark.parametrize("offload", [{}, {"grad_slot_bytes": 12 * 2**20, "keys_dtype": "int8"}], ids=["", "int8"])
+def test_the_report_counts_what_the_device_holds(offload):
+    """Beside what CUDA's allocator has given out since before the model was there, all of it and at its peak."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    block = tiny_block({"rows": 4096, "num_experts": 64, "experts_per_token": 4, "top_k": 8})
-    engine = build_engine(tiny_llama(hidden_size=256), block, adam=ADAM, bf16=True, stage=2)
+    shape = {"rows": 8192, "num_experts": 64, "experts_per_token": 4, "top_k": 8}
+    engine = build_engine(
+        tiny_llama(hidden_size=512), tiny_block(shape, offload=offload), adam=ADAM, bf16=True, stage=2
+    )
+    losses_of(engine, 2)
+    engine.synchronize_rows()
+    torch.cuda.synchronize()
+    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    kinds = engine.meft_report()["device_bytes_by_kind"]
     base = sum(p.numel() * p.element_size() for p in engine.module.parameters())
-    keys = 3 * 4096 * 256 * 2
-    assert torch.cuda.memory_allocated() - before >= base + keys
-    assert engine.meft_report()["device_bytes"] >= keys
+    lasting = base + kinds["keys"] + kinds["slots"] + kinds["gradient_slots"]
+    assert lasting <= held <= 1.1 * (lasting + kinds["routers"]) + 2**20
+    assert lasting <= peak <= 1.1 * (base + sum(kinds.values())) + 16 * 2**20

@@ -38,6 +38,7 @@ def make_engine(adapter: dict | None = None, sections: dict | None = None, **set
 # --- the figures, against what the adapters did
 
 
+@pytest.mark.host_only  # rows that stay on a device do not cross twice
 def test_figures_are_of_the_steps_since_the_last_reading():
     engine = make_engine(sections={"active_rows": {"cap": 20}, "optimizer": {"overlap": False}}, gas=2)
     window = Window(engine)

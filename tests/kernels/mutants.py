@@ -1,36 +1,22 @@
 """Breaks the kernels in ways that matter, one at a time, and says which of them the interpreted tests notice.
 
-``python -m tests.kernels.mutants`` works on a copy; its last line is one JSON object.
+``python -m tests.kernels.mutants`` works on copies; its last line is one JSON object.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
-from tqdm import tqdm
+from tests import mutation
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = "tests/kernels/interpreted"
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """What is replaced in a file of ``kernels/triton``, and which tests could notice."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str = "test_adapter.py"
-    survives: str = ""
-    """Why nothing can notice it, if that is so."""
+def Mutant(  # noqa: N802 (it makes one)
+    name: str, file: str, old: str, new: str, tests: str = "test_adapter.py", survives: str = ""
+) -> mutation.Mutant:
+    """Of a file of ``kernels/triton``, with tests of this folder."""
+    return mutation.Mutant(name, f"kernels/triton/{file}", old, new, f"{HERE}/{tests}", survives)
 
 
 GRADIENTS = "test_adapter.py::test_gradients"
@@ -174,38 +160,5 @@ MUTANTS = [
 ]
 
 
-def caught(mutant: Mutant) -> bool:
-    """Whether a test fails, or its process dies, over a copy of the kernels with this mutant in it."""
-    with tempfile.TemporaryDirectory() as work:
-        package = Path(work, "meft_kernels")
-        shutil.copytree(ROOT / "kernels", package, ignore=shutil.ignore_patterns("__pycache__"))
-        path = package / "triton" / mutant.file
-        text = path.read_text(encoding="utf-8")
-        assert text.count(mutant.old) >= 1, f"{mutant.name}: {mutant.file} has changed"
-        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        tests = f"{ROOT}/tests/kernels/interpreted/{mutant.tests}"
-        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{work}:{ROOT}", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
-        code = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True).returncode
-        # Who reads or writes out of bounds may die of it: of a signal, of which codes are negative.
-        assert code <= 1, f"{mutant.name}: pytest ended with {code}, so its tests did not run"
-        return code != 0
-
-
-def main() -> None:
-    """See the top of this file."""
-    outcomes = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(pool.map(caught, MUTANTS), total=len(MUTANTS), unit="mutant")
-        for mutant, noticed in zip(MUTANTS, progress, strict=True):
-            outcomes.append(noticed)
-            if not noticed:
-                reason = mutant.survives or "nobody knows why"
-                progress.write(f"survives: {mutant.name} ({mutant.file}): {reason}", file=sys.stdout)
-    print(
-        json.dumps({"mutants": len(MUTANTS), "caught": sum(outcomes), "share": round(sum(outcomes) / len(MUTANTS), 4)})
-    )
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(not mutation.report(MUTANTS, {"TRITON_INTERPRET": "1"}))

@@ -383,7 +383,7 @@ def test_rows_serve_the_device_that_the_model_moves_to(folders):
     rows = [table.planes()[0] for table in tables]
     model.to("meta")
     assert all(table.device.type == "meta" and table.gather(torch.arange(3)).is_meta for table in tables)
-    assert [table._device_copy is not None for table in tables] == [table.resident for table in tables]
+    assert [table._on_device is not None for table in tables] == [table.resident for table in tables]
     adapter = model.model.layers[0].mlp.meft_adapter_c
     assert adapter.center.is_meta
     adapter.__dict__["center"] = torch.linspace(-0.5, 0.5, 32)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from meft_engine.config import OffloadConfig
 from meft_engine.offload.shard import Shard
 from meft_engine.offload.tensor import PartiallyOffloadedTensor, StaleRowsError
+from meft_engine.offload.traffic import Traffic
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_engine.parallel.sharding import owned_rows
+from tests.late_copies import LateCopies
 
 ROWS, WIDTH = 20, 5
 DTYPES = [torch.float32, torch.bfloat16]
@@ -27,8 +30,10 @@ def never(condition: Callable[[], bool]) -> None:
         raise Waiting
 
 
-def pair(dtype: torch.dtype, *, device: bool = False, shares_state: bool = False) -> list[PartiallyOffloadedTensor]:
-    """Rank 0 owns rows 0 to 7, rank 1 the rest."""
+def pair(
+    dtype: torch.dtype, *, device: bool = False, shares_state: bool = False, visiting: bool = False
+) -> list[PartiallyOffloadedTensor]:
+    """Rank 0 owns rows 0 to 7, rank 1 the rest. A device holds all of them, or they are ``visiting`` one."""
     taken: list[list[Tensor]] = [[], []]
 
     def allocate(rank: int) -> Callable:
@@ -48,10 +53,17 @@ def pair(dtype: torch.dtype, *, device: bool = False, shares_state: bool = False
             part, [part], allocate(rank), written, rank, never, changed_at, shares_state=shares_state, ranks_of_node=2
         )
         table = PartiallyOffloadedTensor(
-            "layer/keys", ROWS, WIDTH, device="cpu", compute_dtype=dtype, resident=True, shard=shard
+            "layer/keys",
+            ROWS,
+            WIDTH,
+            device="cpu",
+            compute_dtype=dtype,
+            resident=not visiting,
+            shard=shard,
+            traffic=Traffic.by(LateCopies(), OffloadConfig()) if visiting else None,
         )
-        if device:
-            table._device_copy = torch.zeros(ROWS, WIDTH, dtype=dtype)
+        if device and not visiting:
+            table._on_device = table._resident_on(torch.device("cpu"))
         tables.append(table)
     return tables
 
@@ -137,6 +149,26 @@ def test_a_rank_whose_update_failed_is_unreadable_and_never_done():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_visit_a_device_come_anew_where_any_rank_has_changed_them(dtype):
+    one, other = pair(dtype, device=True, visiting=True)
+    for table in (one, other):
+        table.fill(masters())
+    rows = torch.tensor([1, 5, 9, 19])
+
+    def seen(table: PartiallyOffloadedTensor) -> Tensor:
+        with table.rows_at(rows, keep=True) as at:
+            return at.brought()
+
+    assert all(torch.equal(seen(table), masters()[rows].to(dtype).float()) for table in (one, other))
+    changed = masters()
+    changed[[5, 19]] = masters(3)[:2]
+    for table in (one, other):
+        table.write(torch.tensor([5, 19]), masters(3)[:2])
+    assert all(torch.equal(seen(table), changed[rows].to(dtype).float()) for table in (one, other))
+    assert [table.visits() for table in (one, other)] == [(2, 6), (2, 6)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_device_copies_rows_that_anyone_changed_and_no_others(dtype):
     one, other = pair(dtype, device=True)
     for table in (one, other):
@@ -144,14 +176,14 @@ def test_a_device_copies_rows_that_anyone_changed_and_no_others(dtype):
     whole = torch.arange(ROWS)
     for table in (one, other):
         assert torch.equal(table.gather(whole), masters().to(dtype).float())
-    expected = one._device_copy.clone()
-    one._device_copy[[4, 15]] = 7.0  # a mark that only a copy takes away
+    expected = one._on_device.table.clone()
+    one._on_device.table[[4, 15]] = 7.0  # a mark that only a copy takes away
     for table in (one, other):
         table.write(torch.tensor([2, 15]), masters(3)[:2])
     expected[torch.tensor([2, 15])] = masters(3)[:2].to(dtype)
     expected[4] = 7.0
     assert torch.equal(one.compute_copy(), expected)
-    one._device_copy[2] = 9.0
+    one._on_device.table[2] = 9.0
     expected[2] = 9.0
     assert torch.equal(one.compute_copy(), expected), "what has not changed since is copied again"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.families import tiny_block, tiny_llama
 from tests.integration.conftest import _deepspeed  # noqa: F401
 from tests.integration.engines import batch, build_engine, masters, router_values, train_step
 from tests.kernels.interpreted.cases import KINDS, SHAPES, drawn
+from tests.late_copies import use_late_device
 
 
 def picked(selection: Selection, raw: Tensor) -> list[list[tuple[int, int, float]]]:
@@ -45,6 +47,11 @@ def test_beside_pytorch(shape, kind, cap):
         grad_y = torch.ones(shape.tokens, shape.width)
         back = module.gradients(grad_y, given, raw, chosen.gates, *tables, selection)
         y = module.combine_rows(raw * module.picked_gates(chosen.gates, selection), tables[0], selection)
+        again = module.score_picks(given.x, tables[1], selection)
+        torch.testing.assert_close(again, torch.where(selection.valid, raw, 0), rtol=1e-5, atol=1e-4, equal_nan=True)
+        found = int(selection.number)
+        selection = replace(selection, active=selection.active[:found])
+        back = back._replace(values=back.values[:found], keys=back.keys[:found])
         results.append((chosen, selection, raw, overflow, y, back))
     (chosen, selection, raw, overflow, y, back), (chosen2, selection2, raw2, overflow2, y2, back2) = results
     assert torch.equal(chosen.experts, chosen2.experts) and torch.equal(chosen.counts.long(), chosen2.counts)
@@ -79,13 +86,24 @@ def test_a_small_layer_shows_whether_the_kernels_work(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("steps", "settings"), [(10, {}), (4, {"gas": 2, "clip": 0.5})], ids=["one micro-batch", "two"]
+    ("steps", "settings", "offload"),
+    [
+        (10, {}, None),
+        (4, {"gas": 2, "clip": 0.5}, None),
+        (3, {"gas": 2}, {"slot_bytes": 0, "grad_slot_bytes": 6_000}),
+        (2, {"gas": 2}, {"keys_dtype": "int8"}),
+    ],
+    ids=["one micro-batch", "two", "rows that visit a device", "rows that stay there"],
 )
-def test_the_engine_trains_as_on_the_cpu(steps, settings, monkeypatch):
+def test_the_engine_trains_as_on_the_cpu(steps, settings, offload, monkeypatch):
+    """With all that a device adds, too: slots, gradients that stay there, and numbers of rows that only it knows."""
 
     def run(which: str) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
         monkeypatch.setitem(os.environ, "MEFT_TOKEN_PASSES", which)
-        engine = build_engine(tiny_llama(num_hidden_layers=2), tiny_block(active_rows={"cap": 12}), **settings)
+        if which == "triton" and offload is not None:
+            use_late_device(monkeypatch.setattr, late_passes=None)
+        block = tiny_block(active_rows={"cap": 12}, offload=offload or {})
+        engine = build_engine(tiny_llama(num_hidden_layers=2), block, **settings)
         per_step = settings.get("gas", 1)
         losses = [
             train_step(engine, [batch(per_step * step + i, size=2, length=7) for i in range(per_step)])
@@ -95,8 +113,8 @@ def test_the_engine_trains_as_on_the_cpu(steps, settings, monkeypatch):
         engine.destroy()
         return losses, *state
 
-    losses, rows, routers = run("triton")
     expected, expected_rows, expected_routers = run("auto")
+    losses, rows, routers = run("triton")
     assert len(set(expected)) == steps
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, found in {**rows, **routers}.items():

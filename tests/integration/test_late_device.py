@@ -1,0 +1,66 @@
+"""The engine over a device whose copies end late: the numbers are those of a host that waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import tiny_block, tiny_llama
+from tests.integration.engines import batch, build_engine, masters, router_values, train_step
+from tests.late_copies import use_late_device
+
+ONE, THREE = {}, {"gas": 3, "clip": 0.5}
+CASES = {
+    "own slots": (ONE, False, {}, True),
+    "own slots, staged": (THREE, False, {}, False),
+    "shared slots, some gradients": (THREE, True, {"slot_bytes": 0, "grad_slot_bytes": 8_000}, True),
+    "shared slots, some gradients, staged": (ONE, True, {"slot_bytes": 0, "grad_slot_bytes": 8_000}, False),
+    "some slots, all gradients": (THREE, True, {"slot_bytes": 3_000, "grad_slot_bytes": 10**9}, True),
+    "some slots, all gradients, staged": (ONE, False, {"slot_bytes": 3_000, "grad_slot_bytes": 10**9}, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_the_same(case, monkeypatch):
+    """One micro-batch and three, updates beside the next forward or not, every way that rows and gradients travel."""
+    settings, overlap, offload, in_place = CASES[case]
+    block = tiny_block(optimizer={"overlap": overlap}, offload=offload)
+    compare(block, settings, monkeypatch, in_place=in_place)
+
+
+def test_rows_that_are_brought_to_date_for_each_reader(monkeypatch):
+    """Their idle neighbours are behind, so that none of them can be read where it lies."""
+    compare(tiny_block(optimizer={"mode": "dense_equivalent"}), {"gas": 2}, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [{"keys": "host"}, {"keys": "host", "slot_bytes": 5_000}, {"keys_dtype": "int8", "slot_bytes": 0}],
+    ids=str,
+)
+def test_keys_elsewhere_and_in_eight_bits(offload, monkeypatch):
+    block = tiny_block(optimizer={"overlap": True}, offload={**offload, "grad_slot_bytes": 5_000})
+    compare(block, {"gas": 2, "bf16": True}, monkeypatch)
+
+
+def compare(
+    block: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, in_place: bool = True
+) -> None:
+    """Train on a device that is late and on none, and hold one against the other, bit for bit."""
+    results = []
+    for late in (False, True):
+        if late:
+            use_late_device(monkeypatch.setattr, in_place=in_place)
+        engine = build_engine(tiny_llama(num_hidden_layers=3), block, **settings)
+        per_step = settings.get("gas", 1)
+        losses = [train_step(engine, [batch(per_step * step + i) for i in range(per_step)]) for step in range(6)]
+        results.append((losses, masters(engine), router_values(engine)))
+        begun = engine.meft_adapters.traffic[0].slots.copies.begun if late else 0
+        engine.destroy()
+    (losses, rows, routers), (late_losses, late_rows, late_routers) = results
+    assert begun > 100
+    assert losses == late_losses
+    assert all(torch.equal(late_rows[name], found) for name, found in rows.items())
+    assert all(torch.equal(late_routers[name], found) for name, found in routers.items())
