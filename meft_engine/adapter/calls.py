@@ -39,6 +39,8 @@ class Call:
     """A forward of a stack that is running, or whose backward is still to come."""
 
     mask: Tensor | None = None
+    real: dict[torch.Size, Tensor | None] = field(default_factory=dict)
+    """What :meth:`CallTracker.real_tokens` has found for hidden states of a shape."""
     records: dict[nn.Module, list[tuple[torch.Size, Tensor, Record]]] = field(default_factory=dict)
     """Of each adapter, by the shapes and fingerprints of its inputs."""
 
@@ -69,9 +71,14 @@ class CallTracker:
         Raises:
             ValueError: if the attention mask does not fit the hidden states.
         """
-        mask = self._running[-1].mask if self._running else None
-        if mask is None:
-            return None
+        call = self._running[-1] if self._running else Call()
+        # Once for all layers: whether there is padding decides how large tensors are, which the host waits for.
+        if shape not in call.real:
+            call.real[shape] = self._find_real(call.mask, shape) if call.mask is not None else None
+        return call.real[shape]
+
+    @staticmethod
+    def _find_real(mask: Tensor, shape: torch.Size) -> Tensor | None:
         if len(shape) == 2 and shape[0] % mask.shape[0] == 0:
             shape = torch.Size((mask.shape[0], shape[0] // mask.shape[0], shape[1]))
         if len(shape) != 3 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from meft_engine.adapter.attach import AttachedAdapters, attach
+from meft_engine.adapter.calls import CallTracker
 from tests.families import ODD_WIDTH, fill_values, tiny_config, tiny_llama, token_ids
 
 LENGTHS = (5, 9, 1)
@@ -90,6 +91,17 @@ def test_the_adapter_is_silent_at_padded_positions_whatever_stands_there(side):
             assert output.shape == (*ids.shape, 32)
             assert not output[mask == 0].any() and output[mask == 1].any()
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+def test_padding_is_looked_for_once_a_forward(monkeypatch):
+    """A device that computes must be waited for to know how many tokens are real."""
+    model, attached = adapted()
+    ids, mask = padded(sequences(), "left")
+    looked, find = [], CallTracker._find_real
+    monkeypatch.setattr(CallTracker, "_find_real", staticmethod(lambda *args: looked.append(args) or find(*args)))
+    for forwards in (1, 2):
+        model(ids, attention_mask=mask)
+        assert len(looked) == forwards < len(attached.adapters)
 
 
 def test_a_batch_of_nothing_but_padding():
