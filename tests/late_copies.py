@@ -22,10 +22,11 @@ class LateCopies:
 
     Args:
         in_place: whether the device can read tables on the host.
+        early: the other extreme: copies are made at once, so that what they overwrite too early is gone.
     """
 
-    def __init__(self, *, in_place: bool = True) -> None:
-        self.begun, self.ended, self.in_place = 0, 0, in_place
+    def __init__(self, *, in_place: bool = True, early: bool = False) -> None:
+        self.begun, self.ended, self.in_place, self._early = 0, 0, in_place, early
         self._reading: list[_LateCopy] = []
         self._streams: dict[str, deque[_LateCopy]] = {name: deque() for name in ("down", "up", "beside")}
         self._lock = threading.RLock()
@@ -58,8 +59,11 @@ class LateCopies:
         with self._lock:
             self.begun += 1
             self._check()
-            self._streams[stream].append(_LateCopy(self, stream, work, source))
-            return self._streams[stream][-1]
+            copy = _LateCopy(self, stream, work, source)
+            self._streams[stream].append(copy)
+            if self._early:
+                self.make(copy)
+            return copy
 
     def make(self, copy: _LateCopy) -> None:
         """What has been begun is done now, at the latest moment."""
@@ -97,7 +101,11 @@ class _LateCopy:
 
 
 def use_late_device(
-    patch: Callable[[str, object], None], *, in_place: bool = True, late_passes: ModuleType | None = late_passes
+    patch: Callable[[str, object], None],
+    *,
+    in_place: bool = True,
+    early: bool = False,
+    late_passes: ModuleType | None = late_passes,
 ) -> None:
     """Place models that are built from now on on such a device, which alone knows how many rows are active.
 
@@ -105,6 +113,6 @@ def use_late_device(
         patch: sets an attribute by its dotted name.
         late_passes: what computes there; ``None``: what computes here.
     """
-    patch("meft_engine.offload.traffic.copies_beside", lambda device: LateCopies(in_place=in_place))
+    patch("meft_engine.offload.traffic.copies_beside", lambda device: LateCopies(in_place=in_place, early=early))
     for module in ("module", "routing") if late_passes is not None else ():
         patch(f"meft_engine.adapter.{module}.token_passes", lambda device: late_passes)

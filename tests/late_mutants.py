@@ -154,6 +154,13 @@ MUTANTS = [
         SLOTS,
     ),
     Mutant(
+        "slots that are in use are lent",
+        f"{OFFLOAD}/slots.py",
+        "        self._pool.use(self._at)\n",
+        "",
+        SLOTS,
+    ),
+    Mutant(
         "lent slots seem to hold the rows of another table",
         f"{OFFLOAD}/slots.py",
         "        self.residency.slot_of_row.fill_(-1)\n        self.residency.row_of_slot.fill_(-1)\n",

@@ -95,7 +95,7 @@ class SlotPool:
     def __init__(self, copies: Copies, staged: StagedRows, budget: int | None) -> None:
         self.copies, self.staged, self._budget = copies, staged, budget
         self._own: dict[SlottedRows, _SlotSet] = {}
-        self._shared: list[_SlotSet] = []  # the one that was lent last is the last
+        self._shared: list[_SlotSet] = []  # the one that was used last is the last
         # The layers as the forward meets them: whose turn comes before a table's.
         self._before: dict[SlottedRows, SlottedRows] = {}
         self._latest: SlottedRows | None = None
@@ -146,6 +146,10 @@ class SlotPool:
                 return one
         return self._lend(table, count)
 
+    def use(self, slots: _SlotSet) -> None:
+        """Rows in these slots are about to be read, so that others must be lent next."""
+        self._shared.sort(key=lambda one: one is slots)
+
     def _affords(self, table: SlottedRows, count: int) -> bool:
         if self._budget is None:
             return True
@@ -153,7 +157,7 @@ class SlotPool:
         return others + count * table.row_bytes <= self._budget
 
     def _lend(self, table: SlottedRows, count: int) -> _SlotSet:
-        """The one of both shared sets that has not been lent last."""
+        """The one of both shared sets that has not been used last."""
         if len(self._shared) < 2:
             self._shared.append(_SlotSet(table, count))
             return self._shared[-1]
@@ -229,6 +233,7 @@ class SlottedRows:
         if visit is None:
             self._begin(rows, count, version, latest=latest, keep=keep)
         self._at.land()
+        self._pool.use(self._at)
         place = RowsAt(self._at.buffer, self._at.visit.found.slots)
         if backward and (before := self._pool.before(self)) is not None:
             before.again()

@@ -12,22 +12,29 @@ from tests.integration.engines import batch, build_engine, masters, router_value
 from tests.late_copies import use_late_device
 
 ONE, THREE = {}, {"gas": 3, "clip": 0.5}
+# Settings, overlap, offload, and whether rows are read in place and copies made early.
 CASES = {
-    "own slots": (ONE, False, {}, True),
-    "own slots, staged": (THREE, False, {}, False),
-    "shared slots, some gradients": (THREE, True, {"slot_bytes": 0, "grad_slot_bytes": 8_000}, True),
-    "shared slots, some gradients, staged": (ONE, True, {"slot_bytes": 0, "grad_slot_bytes": 8_000}, False),
-    "some slots, all gradients": (THREE, True, {"slot_bytes": 3_000, "grad_slot_bytes": 10**9}, True),
-    "some slots, all gradients, staged": (ONE, False, {"slot_bytes": 3_000, "grad_slot_bytes": 10**9}, False),
+    "own slots": (ONE, False, {}, True, False),
+    "own slots, staged, early": (THREE, False, {}, False, True),
+    "shared slots, some gradients, early": (THREE, True, {"slot_bytes": 0, "grad_slot_bytes": 8_000}, True, True),
+    "shared slots, some gradients, staged": (ONE, True, {"slot_bytes": 0, "grad_slot_bytes": 8_000}, False, False),
+    "some slots, all gradients": (THREE, True, {"slot_bytes": 3_000, "grad_slot_bytes": 10**9}, True, False),
+    "some slots, all gradients, staged, early": (
+        ONE,
+        False,
+        {"slot_bytes": 3_000, "grad_slot_bytes": 10**9},
+        False,
+        True,
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_the_same(case, monkeypatch):
     """One micro-batch and three, updates beside the next forward or not, every way that rows and gradients travel."""
-    settings, overlap, offload, in_place = CASES[case]
+    settings, overlap, offload, in_place, early = CASES[case]
     block = tiny_block(optimizer={"overlap": overlap}, offload=offload)
-    compare(block, settings, monkeypatch, in_place=in_place)
+    compare(block, settings, monkeypatch, in_place=in_place, early=early)
 
 
 def test_rows_that_are_brought_to_date_for_each_reader(monkeypatch):
@@ -45,14 +52,12 @@ def test_keys_elsewhere_and_in_eight_bits(offload, monkeypatch):
     compare(block, {"gas": 2, "bf16": True}, monkeypatch)
 
 
-def compare(
-    block: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, in_place: bool = True
-) -> None:
+def compare(block: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **kind: bool) -> None:
     """Train on a device that is late and on none, and hold one against the other, bit for bit."""
     results = []
     for late in (False, True):
         if late:
-            use_late_device(monkeypatch.setattr, in_place=in_place)
+            use_late_device(monkeypatch.setattr, **kind)
         engine = build_engine(tiny_llama(num_hidden_layers=3), block, **settings)
         per_step = settings.get("gas", 1)
         losses = [train_step(engine, [batch(per_step * step + i) for i in range(per_step)]) for step in range(6)]

@@ -46,8 +46,8 @@ def test_against_a_model(slots):
 class Tables:
     """Value tables of several layers over one device."""
 
-    def __init__(self, layers: int, *, slot_bytes: int | None, in_place: bool = True) -> None:
-        self.copies = LateCopies(in_place=in_place)
+    def __init__(self, layers: int, *, slot_bytes: int | None, in_place: bool = True, early: bool = False) -> None:
+        self.copies = LateCopies(in_place=in_place, early=early)
         self.traffic = Traffic.by(self.copies, OffloadConfig(slot_bytes=slot_bytes))
         self.tables = [
             PartiallyOffloadedTensor(
@@ -142,6 +142,21 @@ def test_a_backward_brings_the_rows_of_the_layer_before():
         if layer:
             assert before._at is not None and before._at.visit.is_of(rows[layer - 1], before._asked[2])
     assert [here.visits(layer)[1] for layer in range(5)] == [20, 20, 20, 10, 10]
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "staged"])
+def test_slots_that_are_in_use_are_not_lent(in_place, early):
+    """While a backward reads its rows, those of the layer before come into the other set."""
+    here = Tables(6, slot_bytes=0, in_place=in_place, early=early)
+    rows = [drawn(layer, 10) for layer in range(6)]
+    for layer in range(6):
+        here.forward(layer, rows[layer])
+    for layer in reversed(range(6)):
+        table, count = here.tables[layer], torch.tensor([10], dtype=torch.int32)
+        with table.rows_at(rows[layer], count=count, latest=False, keep=True, backward=True) as at:
+            found = at.table[at.places[:10].long()]
+        assert torch.equal(found, table.master[rows[layer][:10]])
 
 
 def test_evaluation_takes_no_slots_from_training():
