@@ -43,6 +43,10 @@ class LateCopies:
             self._reading.append(copy)
         return into, copy
 
+    def staging(self, count: int, *, pin_memory: bool, huge_pages: bool) -> Tensor:
+        """See :class:`meft_engine.offload.copies.Copies`."""
+        return torch.zeros(count, dtype=torch.uint8)
+
     def read_in_place(self, table: Tensor) -> bool:
         """See :class:`meft_engine.offload.copies.Copies`."""
         return self.in_place

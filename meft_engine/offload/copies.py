@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from meft_engine.offload.memory import host_zeros
 from meft_kernels.dispatch import reads_host
 
 
@@ -37,6 +38,9 @@ class Copies(Protocol):
 
     def to_device(self, source: Tensor) -> tuple[Tensor, Copy]:
         """Begin to copy host memory to a new tensor on the device, whatever that is still busy with."""
+
+    def staging(self, count: int, *, pin_memory: bool, huge_pages: bool) -> Tensor:
+        """``count`` bytes of host memory to copy from; see :func:`host_zeros`."""
 
     def read_in_place(self, table: Tensor) -> bool:
         """Whether the device can read a table on the host without its being copied first."""
@@ -75,6 +79,12 @@ class CudaCopies:
             into = torch.empty_like(source, device=self._device)
             into.copy_(source, non_blocking=True)
         return into, _CudaCopy(self._up, into, self._device)
+
+    def staging(self, count: int, *, pin_memory: bool, huge_pages: bool) -> Tensor:
+        """See :class:`Copies`."""
+        # A thread that has not said which device it means would pin it for the first one, and take memory there.
+        with torch.cuda.device(self._device):
+            return host_zeros((count,), torch.uint8, pin_memory=pin_memory, huge_pages=huge_pages)
 
     def read_in_place(self, table: Tensor) -> bool:
         """See :class:`Copies`."""

@@ -63,7 +63,8 @@ class GradientReturn:
                 for copy in counted:
                     copy.wait()
                 found = int(number[0])
-                arriving, copies = self._begin([source[:found] for source in sources], room, complete=True)
+                with torch.cuda.device_of(grad):  # or memory would be pinned for the first one, and some taken there
+                    arriving, copies = self._begin([source[:found] for source in sources], room, complete=True)
             for copy in copies:
                 copy.wait()
             add(*arriving, *[None] * (3 - len(arriving)))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from meft_engine.offload.copies import Copies, Copy
-from meft_engine.offload.memory import host_zeros
 
 
 class StagedRows:
@@ -51,8 +50,8 @@ class StagedRows:
         needed = math.prod(shape) * dtype.itemsize
         if needed > self._buffers[self._turn].numel():
             self._buffers[self._turn] = torch.empty(0, dtype=torch.uint8)  # given back first
-            self._buffers[self._turn] = host_zeros(
-                (needed + needed // 4,), torch.uint8, pin_memory=self._pins, huge_pages=self._huge
+            self._buffers[self._turn] = self._copies.staging(
+                needed + needed // 4, pin_memory=self._pins, huge_pages=self._huge
             )
         return self._buffers[self._turn][:needed].view(dtype).view(shape)
 
