@@ -15,7 +15,8 @@ import torch
 from gpu_machine import the_device, wall_seconds
 from torch import Tensor
 
-from meft_kernels.triton.gather import Residency, gather
+from meft_kernels.slots import Residency
+from meft_kernels.triton.gather import gather
 
 PROGRAMS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from meft_kernels import sparse
 from meft_kernels.rows import AdamStep, RowTable
+from meft_kernels.slots import Residency
 from meft_kernels.sparse import Inputs, RowsAt, Selection
 from meft_kernels.triton.adam import adam_rows, bias_corrections
 from meft_kernels.triton.combine import combine
 from meft_kernels.triton.compact import compact
 from meft_kernels.triton.expert_lists import expert_lists
-from meft_kernels.triton.gather import Residency, gather
+from meft_kernels.triton.gather import gather
 from meft_kernels.triton.pick import pick
 from meft_kernels.triton.pick_gradients import pick_gradients
 from meft_kernels.triton.return_gradients import return_gradients

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from meft_kernels import reference
+from meft_kernels.slots import Residency
 from meft_kernels.triton.check import fault
 from meft_kernels.triton.expert_lists import expert_lists
-from meft_kernels.triton.gather import Residency, gather
+from meft_kernels.triton.gather import gather
 from meft_kernels.triton.return_gradients import return_gradients
 from meft_kernels.triton.route import route
 from meft_kernels.triton.score import score

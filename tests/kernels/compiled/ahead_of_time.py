@@ -87,8 +87,8 @@ def compiled(launch: Launch, target: str) -> Resources:
     """Compile a launch for a target."""
     kernel, signature, constants, attributes = launch.kernel, {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        value, special = launch.arguments[parameter.name], not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{_TYPES[value.dtype]}"
@@ -97,7 +97,7 @@ def compiled(launch: Launch, target: str) -> Resources:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=TARGETS[target], options=launch.options)

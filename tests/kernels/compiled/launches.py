@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from meft_kernels.rows import AdamStep, RowTable, paired_moments
+from meft_kernels.slots import Residency
 from meft_kernels.triton.adam import adam_rows, bias_corrections
 from meft_kernels.triton.cap import keep_largest
 from meft_kernels.triton.combine import combine
 from meft_kernels.triton.compact import ActiveRows, compact
 from meft_kernels.triton.expert_lists import expert_lists
-from meft_kernels.triton.gather import Residency, gather
+from meft_kernels.triton.gather import gather
 from meft_kernels.triton.pick import pick
 from meft_kernels.triton.pick_gradients import pick_gradients
 from meft_kernels.triton.return_gradients import return_gradients
