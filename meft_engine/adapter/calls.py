@@ -19,6 +19,10 @@ from meft_engine.adapter.switch import Switch
 from meft_kernels.sparse import Selection
 
 _SAME_CALL = 0.05
+_NO_REPEAT = (
+    "a MEFT adapter ran inside a backward, but repeats no forward in flight; run forwards outside of backward, and "
+    "checkpoint layers rather than the whole model"
+)
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,15 @@ class CallTracker:
         fingerprint = _fingerprint(h)
         scale = fingerprint.norm() + torch.finfo(torch.float32).tiny
         known = [entry for call in self._live for entry in call.records.get(adapter, ()) if entry[0] == h.shape]
-        distances = [float(torch.nan_to_num((print_ - fingerprint).norm() / scale)) for _, print_, _ in known]
-        if not distances or min(distances) > _SAME_CALL:
-            raise RuntimeError(
-                "a MEFT adapter ran inside a backward, but repeats no forward in flight; run forwards outside of "
-                "backward, and checkpoint layers rather than the whole model"
-            )
-        return known[distances.index(min(distances))][-1]
+        distances = [torch.nan_to_num((print_ - fingerprint).norm() / scale) for _, print_, _ in known]
+        if len(known) == 1:
+            # Nothing to choose: the device can find out by itself whether it is the one, and the host goes on.
+            torch._assert_async(distances[0] <= _SAME_CALL, _NO_REPEAT)
+            return known[0][-1]
+        found = [float(distance) for distance in distances]
+        if not found or min(found) > _SAME_CALL:
+            raise RuntimeError(_NO_REPEAT)
+        return known[found.index(min(found))][-1]
 
     # Neither is for a compiler to trace: it would see through what they keep, and lose some of it.
 
