@@ -135,8 +135,8 @@ MUTANTS = [
     Mutant(
         "rows are asked for and not waited for",
         f"{OFFLOAD}/slots.py",
-        "        self._at.land()\n        place",
-        "        place",
+        "        self._at.land()\n        self._pool",
+        "        self._pool",
         SLOTS,
     ),
     Mutant(

@@ -31,6 +31,18 @@ class Mutant:
     """Why nothing can notice it, if that is so."""
 
 
+def mutated(mutant: Mutant) -> str:
+    """The file with the mutant in it.
+
+    Raises:
+        ValueError: if what it replaces is not there, so that the mutant would change nothing.
+    """
+    text = Path(ROOT, mutant.file).read_text(encoding="utf-8")
+    if mutant.old not in text:
+        raise ValueError(f"{mutant.name}: {mutant.file} has changed, and does not contain {mutant.old!r}")
+    return text.replace(mutant.old, mutant.new)
+
+
 def caught(mutant: Mutant, environment: dict[str, str]) -> bool:
     """Whether a test fails, or its process dies, over a copy of the project with this mutant in it."""
     with tempfile.TemporaryDirectory() as work:
@@ -38,10 +50,7 @@ def caught(mutant: Mutant, environment: dict[str, str]) -> bool:
         for package, name in (("kernels", "meft_kernels"), ("meft_engine", "meft_engine"), ("tests", "tests")):
             shutil.copytree(ROOT / package, Path(work, name), ignore=skipped)
         shutil.copy(ROOT / "setup.cfg", work)
-        path = Path(work, mutant.file.replace("kernels/", "meft_kernels/", 1))
-        text = path.read_text(encoding="utf-8")
-        assert text.count(mutant.old) >= 1, f"{mutant.name}: {mutant.file} has changed"
-        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        Path(work, mutant.file.replace("kernels/", "meft_kernels/", 1)).write_text(mutated(mutant), encoding="utf-8")
         environment = os.environ | {"PYTHONPATH": work, "OMP_NUM_THREADS": "1"} | environment
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()]
         code = subprocess.run(command, env=environment, cwd=work, capture_output=True).returncode
