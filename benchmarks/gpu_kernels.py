@@ -17,10 +17,11 @@ from gpu_machine import Speeds, device_seconds, the_device
 from torch import Tensor
 
 from meft_kernels import sparse
+from meft_kernels.owned import BiasCorrections
 from meft_kernels.rows import AdamStep, RowTable
 from meft_kernels.slots import Residency
 from meft_kernels.sparse import Inputs, RowsAt, Selection
-from meft_kernels.triton.adam import adam_rows, bias_corrections
+from meft_kernels.triton.adam import adam_rows
 from meft_kernels.triton.combine import combine
 from meft_kernels.triton.compact import compact
 from meft_kernels.triton.expert_lists import expert_lists
@@ -241,7 +242,7 @@ class Bench:
         gradients = torch.randn(self.count, width, device=self.device)
         slots = torch.arange(self.count, dtype=torch.int32, device=self.device)
         step = AdamStep(grad_scale=1.0, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, decay=1.0, seed=0)
-        corrections = bias_corrections(step, 100_000, self.device)
+        corrections = BiasCorrections().of(step, 100_000, self.device)
 
         def ours() -> None:
             adam_rows(table, self.active.rows, self.active.count, gradients, slots, step, corrections)

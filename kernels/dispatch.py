@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from meft_kernels import rows, slots, sparse
+from meft_kernels import owned, rows, slots, sparse
 from meft_kernels.cpu import build, native_rows, native_sparse
 from meft_kernels.sparse import Chosen, GradientPlaces, Inputs, Overflow, PickGradients, RowsAt, Selection
 
@@ -28,6 +28,7 @@ __all__ = [
     "PickGradients",
     "RowsAt",
     "Selection",
+    "owned_passes",
     "reads_host",
     "row_passes",
     "slot_passes",
@@ -65,6 +66,15 @@ def slot_passes(device: torch.device) -> ModuleType:
 
         return gather
     return slots
+
+
+def owned_passes(device: torch.device) -> ModuleType:
+    """The module whose ``adam_rows`` updates rows that the device owns; see ``kernels/owned.py``."""
+    if reads_host(device):
+        from meft_kernels.triton import adam
+
+        return adam
+    return owned
 
 
 def reads_host(device: torch.device) -> bool:

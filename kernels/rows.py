@@ -20,7 +20,7 @@ _UINT32 = 0xFFFFFFFF
 
 
 class RowTable(NamedTuple):
-    """A table of r rows on the host, d wide, as the passes see it."""
+    """A table of r rows, d wide, as the passes see it."""
 
     high: Tensor
     """[r, d]: the bf16 plane of the masters, or whole float32 masters where ``low`` is None."""
@@ -63,45 +63,53 @@ def paired_moments(pairs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adam_rows(
-    table: RowTable, rows: Tensor, grad: Tensor, step: AdamStep, coast: Coast | None = None, *, threads: int = 0
+    table: RowTable,
+    rows: Tensor,
+    grad: Tensor,
+    step: AdamStep,
+    coast: Coast | None = None,
+    *,
+    threads: int = 0,
+    ids: Tensor | None = None,
 ) -> int:
     """AdamW over the distinct ``rows`` [n] int64 with gradients ``grad`` [n, d] float32, in place.
 
     Args:
         coast: what idle rows go through first.
         threads: of the C++ path; PyTorch uses its own.
+        ids: [n] int64, by which random bits are drawn, if the table holds rows of a larger one; ``None``: ``rows``.
 
     Returns:
         How many of the rows now have a compute copy that is infinite or NaN.
     """
     beta1, beta2 = step.betas
-    infinite = 0
+    infinite, names = 0, rows if ids is None else ids
     for part in _blocks(rows.numel(), grad.shape[1]):
-        ids = rows[part]
-        w, m, v = _load(table, ids)
+        at = rows[part]
+        w, m, v = _load(table, at)
         if coast is not None:
             w, m, v = _coasted(w, m, v, Coast(coast.of_row[part], coast.coefficients), step.eps)
-        now = torch.full_like(table.step[ids], step.now) if step.now else table.step[ids] + 1
+        now = torch.full_like(table.step[at], step.now) if step.now else table.step[at] + 1
         step_size, inverse_root = _bias_corrections(step, now)
         g = grad[part] * step.grad_scale
         m = m * beta1 + g * (1 - beta1)
         v = v * beta2 + (g * g) * (1 - beta2)
         w = w * step.decay - (m * step_size[:, None]) / (_root(v) * inverse_root[:, None] + step.eps)
         if table.low is None:
-            table.high.index_copy_(0, ids, w)
+            table.high.index_copy_(0, at, w)
             finite = w.isfinite()
         else:
             high, low = split(w)
-            table.high.index_copy_(0, ids, high)
-            table.low.index_copy_(0, ids, low)
+            table.high.index_copy_(0, at, high)
+            table.low.index_copy_(0, at, low)
             finite = high.isfinite()
         infinite += int((~finite.all(1)).sum())
         if table.exp_avg.dtype == torch.bfloat16:
-            for_m, for_v = _random_bits(_random_keys(step.seed, ids, now), grad.shape[1])
+            for_m, for_v = _random_bits(_random_keys(step.seed, names[part], now), grad.shape[1])
             m, v = stochastic_bf16(m, for_m), stochastic_bf16(v, for_v)
-        table.exp_avg.index_copy_(0, ids, m)
-        table.exp_avg_sq.index_copy_(0, ids, v)
-        table.step.index_copy_(0, ids, now)
+        table.exp_avg.index_copy_(0, at, m)
+        table.exp_avg_sq.index_copy_(0, at, v)
+        table.step.index_copy_(0, at, now)
     return infinite
 
 
@@ -146,7 +154,8 @@ def _bias_corrections(step: AdamStep, now: Tensor) -> tuple[Tensor, Tensor]:
     # By the C library's pow, as in C++, and in float64: 1 - β₂ᵗ is 1e-3 at the first step.
     sizes = [step.lr / (1 - math.pow(step.betas[0], t)) for t in distinct.tolist()]
     roots = [1 / math.sqrt(1 - math.pow(step.betas[1], t)) for t in distinct.tolist()]
-    return torch.tensor(sizes, dtype=torch.float32)[place], torch.tensor(roots, dtype=torch.float32)[place]
+    sizes, roots = (torch.tensor(of_steps, dtype=torch.float32, device=now.device) for of_steps in (sizes, roots))
+    return sizes[place], roots[place]
 
 
 def _random_keys(seed: int, rows: Tensor, steps: Tensor) -> Tensor:
@@ -160,7 +169,7 @@ def _random_keys(seed: int, rows: Tensor, steps: Tensor) -> Tensor:
 
 def _random_bits(keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """16 random bits for each moment, int64 [n, d]; ``kernels/cpu/row_table.h`` says how and why."""
-    columns = torch.arange(width)
+    columns = torch.arange(width, device=keys.device)
     x = ((keys.long()[:, None] & _UINT32) + (columns // 16 * 8 + columns % 8) * 0x9E3779B9) & _UINT32
     x = ((x ^ (x >> 15)) * 0xC2B2AE35) & _UINT32
     low, high, swapped = x & 0xFFFF, x >> 16, columns % 16 >= 8

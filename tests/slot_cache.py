@@ -10,13 +10,15 @@ class Cache:
     """A cache of S slots, by dictionaries."""
 
     slots: int
+    owned: frozenset[int] = frozenset()
+    """Rows that come from the device itself."""
     slot_of: dict[int, int] = field(default_factory=dict)
     used: dict[int, int] = field(default_factory=dict)
     version: dict[int, int] = field(default_factory=dict)
     now: int = 0
 
     def ask(self, rows: list[int], versions: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """Slots of the rows, whether each is copied, and the four counts."""
+        """Slots of the rows, whether each is copied and from where, and the five counts."""
         self.now += 1
         there = [row in self.slot_of for row in rows]
         stale = [known and self.version[row] != versions[row] for row, known in zip(rows, there, strict=True)]
@@ -41,4 +43,6 @@ class Cache:
             copied.append(int(old))
             self.version[row] = versions[row]
         unplaced = found.count(-1)
-        return found, copied, [len(rows) - missing - sum(stale), missing, sum(stale), unplaced]
+        copied = [2 if one and row in self.owned else one for row, one in zip(rows, copied, strict=True)]
+        counts = [len(rows) - missing - sum(stale), missing, sum(stale), unplaced, copied.count(2)]
+        return found, copied, counts

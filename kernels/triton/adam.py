@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +34,7 @@ def adam_kernel(
     STEP,
     GRADIENTS,
     ROWS,
+    IDS,
     SLOTS,
     COUNT,
     SIZES,
@@ -61,7 +60,7 @@ def adam_kernel(
         size, inverse_root = tl.load(SIZES + now), tl.load(ROOTS + now)
         infinite = now * 0
         if PAIRED:
-            key = _mixed((row << 32) + now + seed)
+            key = _mixed((tl.load(IDS + at).to(tl.int64) << 32) + now + seed)
         for start in range(0, WIDTH, BLOCK_WIDTH):
             column = start + tl.arange(0, BLOCK_WIDTH)
             inside = column < WIDTH
@@ -110,14 +109,6 @@ def adam_kernel(
         tl.atomic_add(INFINITE, (infinite > 0).to(tl.int32), sem="relaxed")
 
 
-def bias_corrections(step: AdamStep, most: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ) of the steps t = 0 … ``most`` (of 0: NaN), [most + 1] float32."""
-    steps = range(1, most + 1)
-    sizes = [math.nan, *(step.lr / (1 - math.pow(step.betas[0], t)) for t in steps)]
-    roots = [math.nan, *(1 / math.sqrt(1 - math.pow(step.betas[1], t)) for t in steps)]
-    return torch.tensor(sizes, device=device), torch.tensor(roots, device=device)
-
-
 def adam_rows(
     table: RowTable,
     rows: Tensor,
@@ -126,6 +117,7 @@ def adam_rows(
     slots: Tensor,
     step: AdamStep,
     corrections: tuple[Tensor, Tensor],
+    ids: Tensor | None = None,
 ) -> Tensor:
     """As :func:`meft_kernels.rows.adam_rows` without idle rows to be brought to date, on the device, in place.
 
@@ -134,7 +126,8 @@ def adam_rows(
     Args:
         table: on the device. rows: [U'] int32, distinct; count: [1] int32 of them.
         gradients: [S, d] float32, where ``slots`` [U'] int32 says.
-        corrections: of :func:`bias_corrections`, up to the largest step that a row may reach.
+        corrections: of :class:`meft_kernels.owned.BiasCorrections`, up to the largest step that a row may reach.
+        ids: [U'] int32, by which random bits are drawn; ``None``: ``rows``.
 
     Returns:
         [1] int32: how many of the rows now have a compute copy that is infinite or NaN.
@@ -153,6 +146,7 @@ def adam_rows(
             table.step,
             gradients,
             rows,
+            rows if ids is None else ids,
             slots,
             count,
             *corrections,

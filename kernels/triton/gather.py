@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meft_kernels.slots import Gathered, Residency
+from meft_kernels.slots import Gathered, OwnedRows, Residency
 from meft_kernels.triton.common import block
 from meft_kernels.triton.select_largest import among_largest, kth_largest
 
@@ -30,9 +30,11 @@ def _plan(
     AGES,
     VICTIMS,
     COUNTS,
+    PLACE_OF_ROW,
     count,
     num_slots,
     now,
+    OWNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     stamp = tl.zeros((BLOCK,), tl.int32) + now
@@ -91,6 +93,17 @@ def _plan(
         tl.store(VERSION_OF_SLOT + victim, tl.load(VERSION_OF_ROW + row, mask=gets, other=0), mask=gets)
         tl.store(COPIED + at, tl.zeros((BLOCK,), tl.int32), mask=(lacks > 0) & (place >= given))
         missing_before += tl.sum(lacks, 0)
+    if OWNS:
+        tl.debug_barrier()
+        owned = count * 0
+        for start in range(0, count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            copied = tl.load(COPIED + at, mask=at < count, other=0) > 0
+            row = tl.load(ROWS + at, mask=copied, other=0)
+            here = tl.load(PLACE_OF_ROW + row, mask=copied, other=-1) >= 0
+            tl.store(COPIED + at, tl.full((BLOCK,), 2, tl.int32), mask=here)
+            owned += tl.sum(here.to(tl.int32), 0)
+        tl.store(COUNTS + 4, owned)
     tl.store(COUNTS, count - missing - stale)
     tl.store(COUNTS + 1, missing)
     tl.store(COUNTS + 2, stale)
@@ -114,9 +127,12 @@ def gather_kernel(
     VICTIMS,
     COUNTS,
     READY,
+    OWNED,
+    PLACE_OF_ROW,
     num_slots,
     now,
     WIDTH: tl.constexpr,
+    OWNS: tl.constexpr,
     PLANS: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -138,9 +154,11 @@ def gather_kernel(
                 AGES,
                 VICTIMS,
                 COUNTS,
+                PLACE_OF_ROW,
                 count,
                 num_slots,
                 now,
+                OWNS,
                 BLOCK,
             )
             # Every thread's stores come before the release, and every thread's loads after the acquire.
@@ -153,14 +171,19 @@ def gather_kernel(
                 ready = tl.atomic_add(READY, 0, sem="acquire")
             tl.debug_barrier()
         for at in range(program, count, tl.num_programs(0)):
-            if tl.load(COPIED + at) != 0:
+            copied = tl.load(COPIED + at)
+            if copied != 0:
                 row = tl.load(ROWS + at).to(tl.int64)
                 slot = tl.load(SLOTS + at).to(tl.int64)
+                source = TABLE + row * WIDTH
+                if OWNS:  # noqa: SIM102 (decided when the kernel is compiled)
+                    if copied == 2:
+                        source = OWNED + tl.load(PLACE_OF_ROW + row).to(tl.int64) * WIDTH
                 for start in range(0, WIDTH, BLOCK_WIDTH):
                     column = start + tl.arange(0, BLOCK_WIDTH)
                     inside = column < WIDTH
                     # Of no use to the caches: it is read this once.
-                    got = tl.load(TABLE + row * WIDTH + column, mask=inside, other=0.0, eviction_policy="evict_first")
+                    got = tl.load(source + column, mask=inside, other=0.0, eviction_policy="evict_first")
                     tl.store(INTO + slot * WIDTH + column, got, mask=inside)
 
 
@@ -171,14 +194,15 @@ def gather(
     count: Tensor,
     residency: Residency,
     found: Gathered | None = None,
+    owned: OwnedRows | None = None,
     *,
     programs: int = 16,
     fused: bool = True,
 ) -> Gathered:
     """As :func:`meft_kernels.slots.gather`.
 
-    Reads 2 · d bytes over the bus for each row that is brought (in bf16), writes as many; the plan reads 24 bytes for
-    each slot.
+    Reads 2 · d bytes over the bus for each row that is brought from the host (in bf16), writes as many; the plan reads
+    24 bytes for each slot.
 
     Args:
         table: [r, d], in memory of the device or pinned on the host, which the device reads in place.
@@ -209,9 +233,11 @@ def gather(
             victims,
             found.counts,
             ready,
+            *(owned or (into, rows)),
             num_slots,
             residency.now,
             WIDTH=width,
+            OWNS=owned is not None,
             PLANS=plans,
             COPIES=copies,
             BLOCK=block(max(most, num_slots), 2048, 16),

@@ -50,6 +50,13 @@ class ResidentRows:
             self._put(rows, found)
         self._arriving.clear()
 
+    def settle(self) -> None:
+        """Nothing is on its way that reads rows of the device."""
+
+    def changed_there(self, rows: Tensor, changed: Tensor, compute: Tensor) -> None:
+        """Follow rows [n] int64 that the device owns, whose compute copies are now [n, d]."""
+        self._put(rows, compute)
+
     def _put(self, rows: Tensor | slice, found: Tensor) -> None:
         if isinstance(self.table, QuantizedRows):
             self.table.put(rows, found)

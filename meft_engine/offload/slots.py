@@ -16,7 +16,7 @@ from torch import Tensor
 from meft_engine.offload.copies import Copies, Copy
 from meft_engine.offload.staging import StagedRows
 from meft_kernels.dispatch import RowsAt, slot_passes
-from meft_kernels.slots import Gathered, Residency, plan
+from meft_kernels.slots import Gathered, OwnedRows, Residency, copy_owned, plan
 
 
 @dataclass
@@ -206,6 +206,8 @@ class SlottedRows:
         self._read: Copy | None = None
         # [2] int64 on the device: rows that were there, and that had to be brought.
         self._visits: Tensor | None = None
+        self.owned: OwnedRows | None = None
+        """Rows of the table that the device owns, which it brings from there."""
 
     @property
     def row_bytes(self) -> int:
@@ -263,11 +265,13 @@ class SlottedRows:
             if self._pool.copies.read_in_place(host):
                 gather = slot_passes(self.device).gather
                 self._read = copy = self._pool.copies.beside(
-                    lambda: gather(host, held.buffer, rows, count, held.residency, found),
+                    lambda: gather(host, held.buffer, rows, count, held.residency, found, self.owned),
                     (found.slots, found.copied, found.counts),
                 )
             else:
-                which = plan(rows, count, held.residency, found)
+                which, here = plan(rows, count, held.residency, found, self.owned)
+                if self.owned is not None:
+                    copy_owned(self.owned, held.buffer, rows, here, found)
                 brought, copy = self._pool.staged.bring(host, rows[which].cpu())
                 placing = found.slots[which].long(), brought
             held.visit = _Visit(rows, count, version, found, copy, placing)
@@ -289,6 +293,16 @@ class SlottedRows:
                 held.residency.version_of_row[change if isinstance(change, slice) else change[0]] += 1
         self._arriving.clear()
 
+    def settle(self) -> None:
+        """Let whatever the device is told next come after all that it was told to bring."""
+        for held in self._pool.sets_of(self):
+            held.land()
+
+    def changed_there(self, rows: Tensor, changed: Tensor, compute: Tensor) -> None:
+        """Let rows [n] int64 that the device owns be brought anew, those that have ``changed`` [n] bool."""
+        for held in self._pool.sets_of(self):
+            held.residency.version_of_row.index_add_(0, rows, changed.int())
+
     def finish_reading(self) -> None:
         """Wait until the device no longer reads the table on the host, which is about to change."""
         if self._read is not None:
@@ -296,8 +310,8 @@ class SlottedRows:
             self._read = None
 
     def note(self, counts: Tensor) -> None:
-        """Count a visit by what ``Gathered.counts`` [4] says of it."""
-        there = torch.stack((counts[0], counts[1] + counts[2])).long()
+        """Count a visit by what ``Gathered.counts`` [5] says of it; a row that the device owns was there."""
+        there = torch.stack((counts[0] + counts[4], counts[1] + counts[2] - counts[4])).long()
         self._visits = there if self._visits is None else self._visits + there
 
     def visits(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from meft_engine.config import OffloadConfig
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.offload.traffic import Traffic
-from meft_kernels.slots import Gathered, Residency, gather
+from meft_kernels.slots import Gathered, OwnedRows, Residency, gather
 from tests.late_copies import LateCopies
 from tests.slot_cache import Cache
 
@@ -17,26 +17,35 @@ ROWS, WIDTH = 40, 5
 ROW_BYTES = WIDTH * 4
 
 
+@pytest.mark.parametrize("owns", [False, True])
 @pytest.mark.parametrize("slots", [1, 24, 48, 200])
-def test_against_a_model(slots):
-    """Fewer slots than rows that are asked for, rows that have changed, and none at all."""
+def test_against_a_model(slots, owns):
+    """Fewer slots than rows that are asked for, rows that have changed, none at all, and rows that the device owns."""
     generator = torch.Generator().manual_seed(slots)
     rows, most = 150, 32
     table, into = torch.randn(rows, WIDTH), torch.full((slots, WIDTH), torch.nan)
-    residency, cache = Residency.empty(rows, slots, "cpu"), Cache(slots)
+    residency, cache, device, owned = Residency.empty(rows, slots, "cpu"), Cache(slots), table.clone(), None
+    if owns:
+        ids, place_of_row = torch.arange(0, rows, 7), torch.full((rows,), -1, dtype=torch.int32)
+        place_of_row[ids] = torch.arange(len(ids)).flip(0).int()
+        owned, cache.owned = OwnedRows(table[ids].flip(0), place_of_row), frozenset(ids.tolist())
+        table[ids] = torch.nan
     for step in range(30):
         count = [most, 0, 1][step] if step < 3 else int(torch.randint(0, most + 1, (), generator=generator))
         near = torch.randperm(60 if step % 3 else rows, generator=generator)[:count].sort().values
         asked = torch.cat((near, torch.full((most - count,), -7)))
         changed = torch.randperm(rows, generator=generator)[:10]
         table[changed] += 1
+        device[changed] += 1
+        if owns:
+            owned.table.copy_(device[ids].flip(0))
         residency.version_of_row[changed] += 1
         before, found = into.clone(), Gathered.room(most, "cpu")
-        gather(table, into, asked, torch.tensor([count], dtype=torch.int32), residency, found)
+        gather(table, into, asked, torch.tensor([count], dtype=torch.int32), residency, found, owned)
         expected = cache.ask(near.tolist(), residency.version_of_row.tolist())
         assert (found.slots[:count].tolist(), found.copied[:count].tolist(), found.counts.tolist()) == expected
         placed = found.slots[:count] >= 0
-        assert torch.equal(into[found.slots[:count][placed].long()], table[near[placed]])
+        assert torch.equal(into[found.slots[:count][placed].long()], device[near[placed]])
         untouched = torch.ones(slots, dtype=torch.bool)
         untouched[found.slots[:count][found.copied[:count] > 0].long()] = False
         assert torch.equal(into[untouched].nan_to_num(), before[untouched].nan_to_num())

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meft_kernels.owned import BiasCorrections
 from meft_kernels.rows import AdamStep, RowTable, paired_moments
-from meft_kernels.slots import Residency
-from meft_kernels.triton.adam import adam_rows, bias_corrections
+from meft_kernels.slots import OwnedRows, Residency
+from meft_kernels.triton.adam import adam_rows
 from meft_kernels.triton.cap import keep_largest
 from meft_kernels.triton.combine import combine
 from meft_kernels.triton.compact import ActiveRows, compact
@@ -62,7 +63,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         high = _of(ROWS, D, dtype=bf16 if planes else torch.float32)
         moments = paired_moments(_of(ROWS, D, 2, dtype=bf16)) if paired else (_of(ROWS, D), _of(ROWS, D))
         table = RowTable(high, _of(ROWS, D, dtype=torch.int16) if planes else None, *moments, _of(ROWS, dtype=int32))
-        corrections = bias_corrections(step, 10, "cpu")
+        corrections = BiasCorrections().of(step, 10, "cpu")
         return lambda: adam_rows(table, places, count, gradients[0], fresh, step, corrections)
 
     return {
@@ -80,6 +81,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         "compact": _active,
         "cap": lambda: keep_largest(_active(), weights, 3072),
         "gather": lambda: gather(keys, values, places, count, Residency.empty(ROWS, SLOTS, "cpu")),
+        "gather/owned": lambda: gather(
+            keys, values, places, count, Residency.empty(ROWS, SLOTS, "cpu"), owned=OwnedRows(keys, places)
+        ),
         "gather/apart": lambda: gather(keys, values, places, count, Residency.empty(ROWS, SLOTS, "cpu"), fused=False),
         "combine": lambda: combine(weights, slots, valid, values, places=places, onto=narrow, dtype=bf16),
         "combine/int8": lambda: combine(weights, slots, valid, _of(ROWS, D, dtype=int8), scales=_of(ROWS)),

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from meft_kernels import rows as host
+from meft_kernels.owned import BiasCorrections
+from meft_kernels.owned import adam_rows as in_pytorch
 from meft_kernels.planes import split
 from meft_kernels.rows import AdamStep, RowTable
-from meft_kernels.triton.adam import adam_rows, bias_corrections
+from meft_kernels.triton.adam import adam_rows
 from tests.kernels.interpreted.cases import DEVICE, moved
 
 
@@ -47,7 +49,7 @@ def test_bits(planes, moments, width, seed):
     gradients[slots[2]] = torch.inf
     gradients[slots[7], 0] = torch.nan
     count = torch.tensor([8], dtype=torch.int32)  # the last is not asked for
-    given, corrections = [moved(t) for t in (rows, count, gradients, slots)], bias_corrections(step, 10, DEVICE)
+    given, corrections = [moved(t) for t in (rows, count, gradients, slots)], BiasCorrections().of(step, 10, DEVICE)
     for _ in range(3):
         infinite = host.adam_rows(expected, rows[:8].long(), gradients[slots[:8].long()], step)
         assert int(adam_rows(table, *given, step, corrections)) == infinite
@@ -67,4 +69,23 @@ def test_steps_are_the_rows_own():
     step = AdamStep(grad_scale=1.0, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, decay=1.0, now=7)
     with pytest.raises(ValueError, match="step.now = 7"):
         one = torch.zeros(1, dtype=torch.int32)
-        adam_rows(table, one, one + 1, torch.zeros(1, 4), one, step, bias_corrections(step, 10, "cpu"))
+        adam_rows(table, one, one + 1, torch.zeros(1, 4), one, step, BiasCorrections().of(step, 10, "cpu"))
+
+
+@pytest.mark.parametrize("passes", [adam_rows, in_pytorch], ids=["triton", "pytorch"])
+def test_rows_of_a_larger_table_draw_the_bits_that_they_draw_there(passes):
+    whole = drawn_table(20, 24, True, torch.bfloat16)
+    ids, places = torch.tensor([17, 3, 11, 0]), torch.tensor([2, 0, 3, 1])
+    part = RowTable(
+        whole.high[ids], whole.low[ids], *host.paired_moments(torch.empty(4, 24, 2).bfloat16()), whole.step[ids]
+    )
+    part.exp_avg.copy_(whole.exp_avg[ids])
+    part.exp_avg_sq.copy_(whole.exp_avg_sq[ids])
+    here = copied(part, DEVICE)
+    step = AdamStep(grad_scale=1.0, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, decay=1.0, seed=5)
+    gradients, three = torch.randn(4, 24), torch.tensor([3], dtype=torch.int32)
+    given = [moved(t) for t in (places.int(), three, gradients, torch.arange(4).int())]
+    passes(here, *given, step, BiasCorrections().of(step, 10, DEVICE), moved(ids[places].int()))
+    host.adam_rows(whole, ids[places[:3]], gradients[:3], step)
+    for name, ours in copied(here, "cpu")._asdict().items():
+        assert torch.equal(bits(ours), bits(getattr(whole, name)[ids])), name
