@@ -227,6 +227,11 @@ class OffloadConfig(_Section):
     """Device memory in which row gradients, in fp32, are added up over an accumulation window, of all layers. What
     comes once it is full is added up on the host. ``null``: everything is."""
 
+    resident_bytes: int = Field(0, ge=0)
+    """Device memory for rows that the device owns, of all layers: their masters, moments and gradients live there and
+    are updated there. They are the rows in most use, chosen anew as training goes on. Without a GPU it means nothing.
+    """
+
     huge_pages: bool = True
     """Ask the system for pages of 2 MiB for rows and moments (Linux: transparent huge pages, ``madvise``)."""
 
@@ -235,6 +240,11 @@ class OffloadConfig(_Section):
         if self.keys == "host" and self.keys_dtype == "int8":
             raise ValueError(
                 'offload.keys_dtype = "int8" is for keys on the device; with offload.keys = "host" leave it out'
+            )
+        if self.keys == "host" and self.resident_bytes:
+            raise ValueError(
+                f'offload.resident_bytes = {self.resident_bytes} needs offload.keys = "device": a device that cannot '
+                "hold the keys has no room for rows of its own"
             )
         return self
 
@@ -345,6 +355,17 @@ class MeftConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> MeftConfig:
         cap, adapter = self.active_rows.cap, self.adapter
+        if self.offload.resident_bytes and self.optimizer.mode != "lazy":
+            raise ValueError(
+                f"offload.resident_bytes = {self.offload.resident_bytes} is not supported with optimizer.mode = "
+                f'"{self.optimizer.mode}", which brings idle rows to date on the host; use "lazy", or 0 bytes'
+            )
+        if self.offload.resident_bytes and self.optimizer.max_staleness:
+            raise ValueError(
+                f"offload.resident_bytes = {self.offload.resident_bytes} is not supported with "
+                f"optimizer.max_staleness = {self.optimizer.max_staleness}: the device's own rows are never old; use 0 "
+                "of either"
+            )
         if cap is not None and cap < adapter.top_k:
             raise ValueError(
                 f"active_rows.cap = {cap} is smaller than adapter.top_k = {adapter.top_k}: not even one token's rows "

@@ -128,6 +128,7 @@ class MeftEngine(DeepSpeedEngine):
             UpdateWorker(timeout, check_others=check_others) if block.optimizer.overlaps(device) else None,
             [table.name for table in attached.tables()],
             _shared_rows(self, attached, block) if ranks.size > 1 else None,
+            attached.hot_rows(),
         )
         self.row_optimizer.follow(self.basic_optimizer.param_groups)
         self._window_micro_steps = 0
@@ -228,21 +229,23 @@ class MeftEngine(DeepSpeedEngine):
         self._watch.after_step()
 
     def synchronize_rows(self) -> None:
-        """Wait until every row is up to date: before you look at tables or at ``row_optimizer.state`` yourself.
+        """Wait until every row is up to date on the host: before you look at tables or at ``row_optimizer.state``
+        yourself.
 
         Raises:
             UpdateError: if the thread that updates rows failed, ended or hangs.
+            NonFiniteRowsError: if rows that the device owns are infinite or NaN.
         """
-        self._row_step.drain()
+        self._row_step.bring_home()
 
     @_needs_block
     def train(self, mode: bool = True) -> None:
-        self.synchronize_rows()
+        self._row_step.drain()
         super().train(mode)
 
     @_needs_block
     def eval(self) -> None:
-        self.synchronize_rows()
+        self._row_step.drain()
         super().eval()
 
     @_needs_block
@@ -313,7 +316,7 @@ class MeftEngine(DeepSpeedEngine):
             MeftConfigError: if the checkpoint is of another model or another adapter.
             FileNotFoundError: if a file is missing, ``latest`` included.
         """
-        self.synchronize_rows()
+        self._row_step.let_go()
         self._saver.finish()
         folder = folders.find(Path(load_dir), tag)
         resume = load_optimizer_states and not load_module_only

@@ -46,6 +46,24 @@ def gradient_slots_of_layer(config: MeftConfig, layers: int, width: int) -> int:
     return min(config.adapter.rows, (config.offload.grad_slot_bytes or 0) // (layers * 2 * width * 4))
 
 
+def hot_rows_of_layer(config: MeftConfig, layers: int, width: int) -> int:
+    """How many rows of a layer the device can own: of keys and of values master, moments and gradient, and a step."""
+    moment = {"fp32": 4, "bf16": 2}[config.optimizer.moments_dtype]
+    return min(config.adapter.rows, config.offload.resident_bytes // (layers * _hot_row_bytes(width, moment)))
+
+
+def _hot_row_bytes(width: int, moment: int) -> int:
+    return 2 * (width * (4 + 2 * moment + 4) + 4)
+
+
+def hot_rows_bytes(config: MeftConfig, layers: int, width: int) -> int:
+    """Of all layers' rows that the device may own, with what says where they are and how much in use each row is."""
+    most = hot_rows_of_layer(config, layers, width)
+    moment = {"fp32": 4, "bf16": 2}[config.optimizer.moments_dtype]
+    of_layer = most * (_hot_row_bytes(width, moment) + 8 + 1 + 1) + 1 + (config.adapter.rows + 1) * (4 + 4) + 2 * 4
+    return layers * of_layer if most else 0
+
+
 def snapshot_bytes_needed(config: MeftConfig, needed: int, ranks_of_node: int) -> int:
     """Bytes of a node's host memory for copies of rows during saves in the background, where the block says how many;
     never more than the rows take (``needed``)."""
@@ -93,7 +111,8 @@ def device_bytes_needed(
 
     Returns:
         ``routers``, with gradients and optimizer state; ``keys``, where they live there; ``slots`` of rows that visit,
-        with the tables that say where they are; ``gradient_slots``; ``gradients``, on their way to the host, at most.
+        with the tables that say where they are; ``gradient_slots``; ``hot_rows``, which the device owns; ``gradients``,
+        on their way to the host, at most.
 
     Args:
         width: of a row. tokens: of a micro-batch.
@@ -111,6 +130,7 @@ def device_bytes_needed(
         "keys": layers * adapter.rows * _key_bytes(config, width, compute_dtype) if keys_on_device else 0,
         "slots": pools * (own + shared) * slot_set_bytes(adapter.rows, most, row_bytes),
         "gradient_slots": layers * gradient_slots_of_layer(config, layers, width) * 2 * width * 4,
+        "hot_rows": hot_rows_bytes(config, layers, width),
         # Those of the layer that comes next are there when the first is waited for.
         "gradients": (min(MOST_UNDER_WAY, 2 * layers) + 2) * most * width * 4,
     }

@@ -33,8 +33,8 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         ``stale_reads``: share of the reads of a table that missed its last update (0 unless ``max_staleness`` is 1).
         ``device_bytes``: what the compute device needs at hand, and ``device_bytes_by_kind``: ``routers`` with their
         Adam state, ``keys``, ``slots`` of rows that visit (where device and host are one: the largest gather),
-        ``gradient_slots`` and ``gradients`` on their way to the host. ``dense_device_bytes``: what a dense adapter of
-        the same size, trained by Adam, would hold there.
+        ``gradient_slots``, ``hot_rows`` that the device owns and ``gradients`` on their way to the host.
+        ``dense_device_bytes``: what a dense adapter of the same size, trained by Adam, would hold there.
         ``traffic``: bytes that have crossed, ``values_to_device`` (and keys that visit), ``updates_to_device`` and
         ``gradients_to_host``, with their sums ``to_device_bytes`` and ``to_host_bytes``; ``hits`` and ``misses``, rows
         that were asked for while they were there, and while they were not.
@@ -75,6 +75,7 @@ def _device_bytes(attached: AttachedAdapters) -> dict[str, int]:
         "keys": sum(a.keys.device_bytes() for a in adapters if a.keys.resident),
         "slots": sum(table.device_bytes() for table in visiting),
         "gradient_slots": sum(a.gradient_slots.device_bytes() for a in adapters if a.gradient_slots is not None),
+        "hot_rows": sum(hot.device_bytes() for hot in attached.hot_rows()),
         "gradients": 0,
     }
     for traffic in attached.traffic:

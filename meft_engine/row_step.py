@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from meft_engine.joint_norm import JointNorm, clip_coefficient
+from meft_engine.offload.hot_rows import HotRows
 from meft_engine.optim.sparse_adam import RowUpdate, SparseCPUAdam, run_now
 from meft_engine.optim.worker import UpdateError, UpdateWorker
 from meft_engine.parallel.shared_step import SharedRows
@@ -24,6 +26,7 @@ class RowStep:
         worker: updates rows while the training thread goes on; ``None``: they are updated before the step returns.
         order: names of the tables as the forward meets them.
         shared: of rows that other ranks train too; ``None``: all rows are this process's.
+        hot: of each layer, rows that its device may own.
     """
 
     def __init__(
@@ -34,9 +37,10 @@ class RowStep:
         worker: UpdateWorker | None,
         order: list[str],
         shared: SharedRows | None = None,
+        hot: Sequence[HotRows] = (),
     ) -> None:
         self.optimizer, self.joint_norm, self.worker, self.shared = optimizer, joint_norm, worker, shared
-        self._max_norm = max_norm
+        self._max_norm, self._hot = max_norm, hot
         # Updates that are still due when the process ends are finished, and a forgotten engine leaves no thread.
         self._closer = weakref.finalize(self, _close, worker) if worker is not None else None
         self._place = {name: index for index, name in enumerate(order)}
@@ -62,11 +66,15 @@ class RowStep:
         norm = self.joint_norm.result()
         if applied:
             with phase("update"):
-                updates = self.optimizer.updates(clip_coefficient(norm, self._max_norm) / self._loss_scale)
+                grad_scale = clip_coefficient(norm, self._max_norm) / self._loss_scale
+                updates = self.optimizer.updates(grad_scale)
                 if self.shared is not None:
                     updates = self.shared.with_publication(updates, self.optimizer)
                 self._run(sorted(updates, key=lambda update: self._place[update.table.name]))
+                self.optimizer.update_hot_rows(grad_scale)
         self.optimizer.zero_grad()
+        for hot in self._hot:
+            hot.after_step()
         return norm
 
     def drain(self) -> None:
@@ -78,6 +86,23 @@ class RowStep:
         if self.worker is not None:
             with phase("wait"):
                 self.worker.drain()
+
+    def bring_home(self) -> None:
+        """Wait until every row is up to date on the host.
+
+        Raises:
+            UpdateError: as above.
+            NonFiniteRowsError: if a device has made rows infinite or NaN that it owns.
+        """
+        self.drain()
+        for hot in self._hot:
+            hot.bring_home()
+
+    def let_go(self) -> None:
+        """Wait until every row is up to date, and leave none to a device."""
+        self.drain()
+        for hot in self._hot:
+            hot.let_go()
 
     def close(self) -> None:
         """Finish the updates and end their thread."""

@@ -93,6 +93,11 @@ def require_support_of_ranks(block: MeftConfig, config: Mapping[str, Any]) -> No
             f"optimizer.max_staleness = {block.optimizer.max_staleness} with {ranks} ranks is refused: each would read "
             "rows of another age; use 0"
         )
+    if block.offload.resident_bytes:
+        raise MeftConfigError(
+            f"offload.resident_bytes = {block.offload.resident_bytes} is not supported with {ranks} ranks, which share "
+            "the rows of a node on its host; use 0"
+        )
     tensor_parallel = config.get("tensor_parallel") or {}
     size = (tensor_parallel.get("autotp_size") or 1) if isinstance(tensor_parallel, Mapping) else 1
     if size > 1:

@@ -23,11 +23,18 @@ from meft_engine.adapter.switch import DEFAULT_NAME, Switch
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.cores import rank_cores
 from meft_engine.offload.gradient_slots import GradientSlots
+from meft_engine.offload.hot_rows import HotRows
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.offload.traffic import Traffic
 from meft_engine.parallel.ranks import Ranks
 from meft_engine.parallel.sharding import Sharding, TablePlan
-from meft_engine.planner import gradient_slots_of_layer, host_bytes_needed, require_host_memory, snapshot_bytes_needed
+from meft_engine.planner import (
+    gradient_slots_of_layer,
+    host_bytes_needed,
+    hot_rows_of_layer,
+    require_host_memory,
+    snapshot_bytes_needed,
+)
 from meft_engine.zero_parameters import full_shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -75,6 +82,10 @@ class AttachedAdapters:
     def tables(self) -> list[PartiallyOffloadedTensor]:
         """Every adapter's keys, then its values, first layer first."""
         return [table for adapter in self.adapters.values() for table in (adapter.keys, adapter.values)]
+
+    def hot_rows(self) -> list[HotRows]:
+        """Of every layer whose device may own rows."""
+        return [adapter.keys.hot for adapter in self.adapters.values() if adapter.keys.hot is not None]
 
 
 def attach(
@@ -218,9 +229,11 @@ def _shard(
 def _gradient_slots(
     config: MeftConfig, tables: Sequence[PartiallyOffloadedTensor], layers: int
 ) -> GradientSlots | None:
-    """A layer's share of ``offload.grad_slot_bytes``; ``None`` where it holds no row."""
+    """A layer's share of ``offload.grad_slot_bytes`` and ``resident_bytes``; ``None`` where both hold no row."""
     slots = gradient_slots_of_layer(config, layers, tables[0].width)
-    return GradientSlots(*tables, slots) if slots else None
+    most = hot_rows_of_layer(config, layers, tables[0].width)
+    hot = HotRows(*tables, most, DTYPES[config.optimizer.moments_dtype]) if most else None
+    return GradientSlots(*tables, slots, hot) if slots or hot else None
 
 
 def _anonymous_memory() -> int:

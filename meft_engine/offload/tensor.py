@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,10 +26,18 @@ from meft_kernels import planes
 from meft_kernels.dispatch import RowsAt, row_passes
 from meft_kernels.quantized import QuantizedRows
 from meft_kernels.rows import RowTable
+from meft_kernels.slots import OwnedRows
+
+if TYPE_CHECKING:
+    from meft_engine.offload.hot_rows import HotRows
 
 
 class StaleRowsError(RuntimeError):
     """Rows were read that an update has replaced since they were first read, or that are only half updated."""
+
+
+class NonFiniteRowsError(ArithmeticError):
+    """An update has made rows infinite or NaN in the precision that the model computes with."""
 
 
 class PartiallyOffloadedTensor:
@@ -37,6 +46,8 @@ class PartiallyOffloadedTensor:
     In bf16 a master is two planes of 16 bits (:mod:`meft_kernels.planes`), of which the upper one is the compute copy;
     in fp32 the master is the compute copy. Where ``resident`` (keys, which routing needs whole) and the model computes
     on an accelerator, that device holds the compute copy once more; else (values) rows are gathered on demand.
+    A few rows may be the device's own (:mod:`meft_engine.offload.hot_rows`), which updates them there; whoever reads
+    the host's rows here gets them as they are on the device.
 
     Updates may run on another thread. It says so beforehand (:meth:`expect_update`) and writes inside :meth:`writing`;
     whoever reads waits for what is expected, and never sees a row half written.
@@ -126,12 +137,16 @@ class PartiallyOffloadedTensor:
         self.before_gradient: Callable[[], None] | None = None
         """Set by who still holds gradients back: gives them to :meth:`accumulate`, before the sum is asked for."""
 
+        self.hot: HotRows | None = None
+        """Rows that the device owns; ``None``: it may own none."""
+
         self.max_staleness = max_staleness
         self.reads, self.stale_reads = 0, 0
         self.bytes_to_host = 0
         """Of gradients returned; where device and host are one, what would cross otherwise."""
         self._bytes_gathered = 0
         self._expected, self._written, self._torn = 0, 0, False
+        self._updated_there = 0  # how often the device has updated its own rows
         self._lock = threading.RLock()
         self._wait = shard.wait if shard is not None else None
 
@@ -165,11 +180,13 @@ class PartiallyOffloadedTensor:
 
         Of rows that another rank owns, the compute copy.
         """
+        self._bring_home()
         with self.reading():
             return self.masters(slice(None)) if self._low is not None else self._high.float()
 
     def masters(self, rows: slice) -> Tensor:
         """[n, d] float32: those of consecutive rows, as :attr:`master` has them."""
+        self._bring_home()
         with self.reading():
             if self._low is None:
                 return self._high[rows].float()
@@ -177,12 +194,17 @@ class PartiallyOffloadedTensor:
 
     def planes(self) -> tuple[Tensor, Tensor | None]:
         """What is stored, itself: the bf16 plane and the lower plane, or the fp32 masters and ``None``."""
+        self._bring_home()
         with self.reading():
             return self._high, self._low
 
     def row_table(self, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> RowTable:
         """The table with its moments and steps, as the passes over rows want it."""
         return RowTable(self._high, self._low, exp_avg, exp_avg_sq, step)
+
+    def _bring_home(self) -> None:
+        if self.hot is not None:
+            self.hot.bring_home()
 
     def fill(self, source: Tensor, low: Tensor | None = None) -> None:
         """Set all rows.
@@ -258,6 +280,8 @@ class PartiallyOffloadedTensor:
 
     @contextmanager
     def _setting(self) -> Iterator[None]:
+        if self.hot is not None:
+            self.hot.let_go()
         with self.reading():  # updates that are due come first
             pass
         self._expected += 1
@@ -364,6 +388,7 @@ class PartiallyOffloadedTensor:
         if version is not None:
             self.require_version(version)
         self._count_gather(rows.numel())
+        self._bring_home()
         with phase("gather"), self.reading(latest=latest) as table:
             if isinstance(self._on_device, ResidentRows):
                 return table.index_select(0, rows.to(table.device)).to(self.device).float()
@@ -464,7 +489,7 @@ class PartiallyOffloadedTensor:
     @property
     def version(self) -> int:
         """Counts updates, those included that are expected and not yet done."""
-        return self._expected
+        return self._expected + self._updated_there
 
     def require_version(self, version: int) -> None:
         """Check that the rows are those of ``version``.
@@ -530,12 +555,18 @@ class PartiallyOffloadedTensor:
         return self._gradient.memory.empty(*shape)
 
     def gradient(self) -> RowGradient | None:
-        """What has been accumulated since the last :meth:`clear_gradient`; ``None`` if nothing."""
+        """What has been accumulated since the last :meth:`clear_gradient`, without rows that the device owns; ``None``
+        if nothing."""
         return self._arrived().sum()
 
     def squared_gradient_norm(self) -> float:
-        """Of what has been accumulated; 0 if nothing, NaN if any of it is."""
-        return self._arrived().squared_norm()
+        """Of what has been accumulated, on the device too; 0 if nothing, NaN if any of it is.
+
+        Raises:
+            NonFiniteRowsError: if the device's last update of its own rows has made some of them so.
+        """
+        there = self.hot.squared_gradient_norm(self) if self.hot is not None else 0.0
+        return there + self._arrived().squared_norm()
 
     def replace_gradient(self, rows: Tensor, grad: Tensor) -> None:
         """Put what all ranks have accumulated for this rank's rows in the place of what this rank has accumulated.
@@ -547,8 +578,10 @@ class PartiallyOffloadedTensor:
         self._gradient.add(rows, grad)
 
     def clear_gradient(self) -> None:
-        """Forget the accumulated gradient."""
+        """Forget the accumulated gradient; of rows that the device owns, of keys and values both."""
         self._arrived().clear()
+        if self.hot is not None:
+            self.hot.forget_gradients()
 
     # Updates
 
@@ -568,6 +601,52 @@ class PartiallyOffloadedTensor:
             yield
             self._note_written(self._written + 1)
             self._torn = False
+
+    def own_on_device(self, hot: HotRows, owned: OwnedRows) -> None:
+        """Let some rows be the device's own; only of a table that has a copy there or visits it."""
+        self.hot = hot
+        if isinstance(self._on_device, SlottedRows):
+            self._on_device.owned = owned
+
+    def settle(self) -> None:
+        """Let whatever the device is told next come after all rows that are on their way to it."""
+        self._on_device.settle()
+
+    def changed_there(self, rows: Tensor, changed: Tensor, compute: Tensor) -> None:
+        """Say that the device has updated rows of its own, before which :meth:`settle` was called.
+
+        Args:
+            rows: [n] int64, on the device; those that have ``changed`` [n] bool. compute: [n, d], their compute copies.
+        """
+        self._updated_there += 1
+        self._on_device.changed_there(rows, changed, compute)
+
+    @contextmanager
+    def catching_up(self, rows: Tensor) -> Iterator[bool]:
+        """Write rows [n] int64 on the host as the device has updated them, which no reader there has to hear of.
+
+        Yields:
+            Whether there is any use in that: not if an update of the host's rows failed midway.
+        """
+        if self._torn:
+            yield False
+            return
+        with self.reading():
+            self._on_device.finish_reading()
+            self.about_to_change(rows)
+            yield True
+
+    def require_finite(self, infinite: int) -> None:
+        """After an update that left so many rows infinite or NaN.
+
+        Raises:
+            NonFiniteRowsError: if there are any.
+        """
+        if infinite:
+            raise NonFiniteRowsError(
+                f"{infinite} rows of {self.name} left the range of {self.compute_dtype} in an update; "
+                "resume from a checkpoint with a smaller learning rate"
+            )
 
     def _note_written(self, count: int) -> None:
         self._written = count
@@ -626,7 +705,9 @@ class PartiallyOffloadedTensor:
         """Give the memory back; the table is not usable afterwards."""
         if isinstance(self._on_device, SlottedRows):
             self._on_device.close()
-        self._high = self._low = self._on_device = self.read_current = self.before_gradient = self.shard = None
+        self._high = self._low = self._on_device = self.read_current = self.before_gradient = self.shard = self.hot = (
+            None
+        )
         self._gradient.clear()
 
     def __deepcopy__(self, memo: dict) -> PartiallyOffloadedTensor:

@@ -12,18 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from meft_engine.offload.hot_rows import HotRows
 from meft_engine.offload.memory import host_zeros
-from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.offload.tensor import NonFiniteRowsError, PartiallyOffloadedTensor
 from meft_engine.optim.history import StepHistory
 from meft_kernels.dispatch import row_passes
+from meft_kernels.owned import BiasCorrections
 from meft_kernels.rows import AdamStep, Coast, paired_moments
 
 # Between two signs of life an update works on about this many elements.
 _BEAT_ELEMENTS = 1 << 24
 
 
-class NonFiniteRowsError(ArithmeticError):
-    """An update has made rows infinite or NaN in the precision that the model computes with."""
+__all__ = ["NonFiniteRowsError", "RowUpdate", "SparseCPUAdam", "run_now"]
 
 
 @dataclass
@@ -62,11 +63,7 @@ class RowUpdate:
             self.table.refresh(self.rows)
             if self.publish is not None:
                 self.publish(self, beat)
-            if infinite:
-                raise NonFiniteRowsError(
-                    f"{infinite} rows of {self.table.name} left the range of {self.table.compute_dtype} in an update; "
-                    "resume from a checkpoint with a smaller learning rate"
-                )
+            self.table.require_finite(infinite)
 
     def _parts(self) -> Iterator[RowUpdate]:
         """The same update in parts that each last a fraction of a second."""
@@ -144,6 +141,7 @@ class SparseCPUAdam(torch.optim.Optimizer):
             self._table_of.update((id(table.handle), table) for table in members)
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.mode, self.moments_dtype, self._seed, self._threads = mode, moments_dtype, seed, threads
+        self._corrections = [BiasCorrections() for _ in self.param_groups]
         self._histories = [StepHistory() for _ in self.param_groups] if mode == "dense_equivalent" else []
         for index, group in enumerate(self.param_groups):
             for handle in group["params"]:
@@ -157,12 +155,18 @@ class SparseCPUAdam(torch.optim.Optimizer):
                     "step": allocate((table.rows,), torch.int32),
                     **dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True)),
                 }
+                if table.hot is not None:
+                    table.hot.use_state(table, self.state[handle])
                 if self._histories and not table.read_whole:
                     table.read_current = lambda rows, t=table, i=index: self._read_current(t, i, rows)
 
     def tables(self) -> list[PartiallyOffloadedTensor]:
         """All tables, in the order of the groups."""
         return [self._table_of[id(handle)] for group in self.param_groups for handle in group["params"]]
+
+    def _hot_rows(self) -> list[HotRows]:
+        """Of all layers."""
+        return list(dict.fromkeys(table.hot for table in self.tables() if table.hot is not None))
 
     def follow(self, param_groups: list[dict[str, Any]]) -> None:
         """Take lr, betas, eps and weight decay from another optimizer's groups.
@@ -193,7 +197,22 @@ class SparseCPUAdam(torch.optim.Optimizer):
         loss = closure() if closure is not None else None
         # What torch's optimizers promise: when this returns, the step is done.
         run_now(self.updates(grad_scale))
+        self.update_hot_rows(grad_scale)
         return loss
+
+    @torch.no_grad()
+    def update_hot_rows(self, grad_scale: float = 1.0) -> None:
+        """The same step for rows that the device owns, which is told to; nobody waits for it."""
+        for corrections, group in zip(self._corrections, self.param_groups, strict=True):
+            tables = [self._table_of[id(handle)] for handle in group["params"]]
+            tables = [table for table in tables if table.hot is not None]
+            most = max((table.hot.most_steps for table in tables), default=0) + 1
+            on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+            for table in tables:
+                adam = self._adam_step(table, group, grad_scale)
+                if table.device not in on:
+                    on[table.device] = corrections.of(adam, most, table.device)
+                table.hot.update(table, adam, on[table.device])
 
     @torch.no_grad()
     def updates(self, grad_scale: float = 1.0) -> list[RowUpdate]:
@@ -230,17 +249,21 @@ class SparseCPUAdam(torch.optim.Optimizer):
         group: dict[str, Any],
         grad_scale: float,
     ) -> RowUpdate:
-        state = self.state[table.handle]
-        lr, eps = float(group["lr"]), group["eps"]
-        coast, now, seed = None, 0, 0
+        state, coast, now = self.state[table.handle], None, 0
         if self._histories:
             history = self._histories[index]
-            coast, now = history.coast(state["step"].index_select(0, rows), eps), history.steps + 1
+            coast, now = history.coast(state["step"].index_select(0, rows), group["eps"]), history.steps + 1
+        adam = self._adam_step(table, group, grad_scale, now)
+        return RowUpdate(table, state, rows, grad, adam, coast, self._threads)
+
+    def _adam_step(
+        self, table: PartiallyOffloadedTensor, group: dict[str, Any], grad_scale: float, now: int = 0
+    ) -> AdamStep:
+        lr, seed = float(group["lr"]), 0
         if self.moments_dtype == torch.bfloat16:
             seed = ((self._seed << 32) ^ zlib.crc32(table.name.encode())) * 0x9E3779B97F4A7C15 % (1 << 64)
         decay = 1 - lr * group["weight_decay"]
-        adam = AdamStep(grad_scale, lr, tuple(group["betas"]), eps, decay, now, seed)
-        return RowUpdate(table, state, rows, grad, adam, coast, self._threads)
+        return AdamStep(grad_scale, lr, tuple(group["betas"]), group["eps"], decay, now, seed)
 
     def _read_current(self, table: PartiallyOffloadedTensor, index: int, rows: Tensor) -> Tensor | None:
         state, eps = self.state[table.handle], self.param_groups[index]["eps"]
@@ -270,10 +293,14 @@ class SparseCPUAdam(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's optimizers have it, with the history of steps where the mode needs one."""
+        for hot in self._hot_rows():
+            hot.bring_home()
         return {**super().state_dict(), "histories": self.histories()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy into the state as it is allocated, whose precision and place torch's own method would change."""
+        for hot in self._hot_rows():
+            hot.let_go()
         allocated = {handle: dict(state) for handle, state in self.state.items()}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         for handle, state in allocated.items():

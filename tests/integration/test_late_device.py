@@ -11,7 +11,7 @@ from tests.families import tiny_block, tiny_llama
 from tests.integration.engines import batch, build_engine, masters, router_values, train_step
 from tests.late_copies import use_late_device
 
-ONE, THREE = {}, {"gas": 3, "clip": 0.5}
+ONE, THREE, BF16 = {}, {"gas": 3, "clip": 0.5}, {"gas": 3, "bf16": True}
 # Settings, overlap, offload, and whether rows are read in place and copies made early.
 CASES = {
     "own slots": (ONE, False, {}, True, False),
@@ -52,8 +52,46 @@ def test_keys_elsewhere_and_in_eight_bits(offload, monkeypatch):
     compare(block, {"gas": 2, "bf16": True}, monkeypatch)
 
 
-def compare(block: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **kind: bool) -> None:
-    """Train on a device that is late and on none, and hold one against the other, bit for bit."""
+# Settings, overlap, offload and precision of moments; and as above.
+OWNED = {
+    "some rows": (ONE, False, {"resident_bytes": 50_000}, "fp32", True, False),
+    "some rows, staged": (BF16, True, {"resident_bytes": 50_000}, "bf16", False, False),
+    "some rows, shared slots, early": (
+        BF16,
+        True,
+        {"resident_bytes": 50_000, "slot_bytes": 0, "grad_slot_bytes": 8_000, "keys_dtype": "int8"},
+        "fp32",
+        True,
+        True,
+    ),
+    "all rows": (BF16, True, {"resident_bytes": 10**9}, "fp32", True, False),
+    "all rows, shared slots, staged, early": (
+        ONE,
+        False,
+        {"resident_bytes": 10**9, "slot_bytes": 0, "grad_slot_bytes": 10**9},
+        "bf16",
+        False,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWNED)
+def test_rows_that_the_device_owns(case, monkeypatch):
+    """They come and go, and it is as if they did not."""
+    settings, overlap, offload, moments, in_place, early = OWNED[case]
+    monkeypatch.setattr("meft_engine.offload.hot_rows.STEPS_BETWEEN_CHOICES", 2)
+    block = tiny_block(optimizer={"overlap": overlap, "moments_dtype": moments}, offload=offload)
+    gone = compare(block, settings, monkeypatch, in_place=in_place, early=early)
+    assert gone > 0 or case.startswith("all")
+
+
+def compare(block: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **kind: bool) -> int:
+    """Train on a device that is late and on none, and hold one against the other, bit for bit.
+
+    Returns:
+        How many rows the device owned for some time and then no longer.
+    """
     results = []
     for late in (False, True):
         if late:
@@ -63,9 +101,11 @@ def compare(block: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest
         losses = [train_step(engine, [batch(per_step * step + i) for i in range(per_step)]) for step in range(6)]
         results.append((losses, masters(engine), router_values(engine)))
         begun = engine.meft_adapters.traffic[0].slots.copies.begun if late else 0
+        gone = sum(hot.demoted for hot in engine.meft_adapters.hot_rows())
         engine.destroy()
     (losses, rows, routers), (late_losses, late_rows, late_routers) = results
     assert begun > 100
     assert losses == late_losses
     assert all(torch.equal(late_rows[name], found) for name, found in rows.items())
     assert all(torch.equal(late_routers[name], found) for name, found in routers.items())
+    return gone

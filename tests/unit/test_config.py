@@ -25,7 +25,7 @@ DESIGNED = json.loads("""{
   "router": { "lr_scale": 1.0, "balance": "loss", "balance_coef": 0.01, "z_loss_coef": 0.0 },
   "active_rows": { "cap": null, "on_overflow": "keep_largest" },
   "offload": { "keys": "device", "keys_dtype": "bf16", "compute_dtype": null, "pin_memory": true, "slot_bytes": null,
-               "grad_slot_bytes": null, "huge_pages": true },
+               "grad_slot_bytes": null, "resident_bytes": 0, "huge_pages": true },
   "optimizer": { "lr_scale": 1.0, "value_lr_scale": 4.0, "mode": "lazy", "moments_dtype": "fp32", "overlap": null,
                  "max_staleness": 0, "num_threads": null, "worker_timeout": 10.0 },
   "communication": { "dtype": "fp32", "timeout": 300.0 },
