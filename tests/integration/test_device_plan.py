@@ -29,6 +29,8 @@ LLAMA_2_7B = ModelShape(layers=32, width=4096, intermediate=11008, vocabulary=32
         ({"offload": {"slot_bytes": 5000, "grad_slot_bytes": 10_000}}, False),
         ({"offload": {"keys": "host", "slot_bytes": 20_000}}, False),
         ({"offload": {"keys_dtype": "int8"}}, True),
+        ({"offload": {"resident_bytes": 50_000}}, False),
+        ({"offload": {"resident_bytes": 10**9}, "optimizer": {"moments_dtype": "bf16"}}, True),
     ],
     ids=str,
 )

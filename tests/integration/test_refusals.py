@@ -125,6 +125,11 @@ def test_stale_rows_with_several_ranks(allocated, as_two_ranks):
     refuse(allocated, "optimizer.max_staleness = 1 with 2 ranks", "use 0", config=config)
 
 
+def test_rows_of_the_device_with_several_ranks(allocated, as_two_ranks):
+    config = ds_config(tiny_block(offload={"resident_bytes": 1000}))
+    refuse(allocated, "offload.resident_bytes = 1000", "2 ranks", "use 0", config=config)
+
+
 def test_a_base_that_is_split_by_width(allocated, as_two_ranks):
     config = ds_config(tiny_block(), tensor_parallel={"autotp_size": 2})
     refuse(allocated, "tensor_parallel.autotp_size = 2", "leave it out", config=config)

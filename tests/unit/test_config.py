@@ -121,6 +121,22 @@ BAD = {
         ["offload.keys_dtype", "int8", 'offload.keys = "host"', "leave it out"],
     ),
     "slots below none": ({"offload": {"slot_bytes": -1}}, ["offload.slot_bytes", "-1", "greater than or equal to 0"]),
+    "rows of the device below none": (
+        {"offload": {"resident_bytes": -1}},
+        ["offload.resident_bytes", "-1", "equal to 0"],
+    ),
+    "rows of the device without keys there": (
+        {"offload": {"keys": "host", "resident_bytes": 5}},
+        ["offload.resident_bytes = 5", 'offload.keys = "device"'],
+    ),
+    "rows of the device that are brought to date": (
+        {"offload": {"resident_bytes": 5}, "optimizer": {"mode": "dense_equivalent"}},
+        ["offload.resident_bytes = 5", 'optimizer.mode = "dense_equivalent"', '"lazy"'],
+    ),
+    "rows of the device and old ones": (
+        {"offload": {"resident_bytes": 5}, "optimizer": {"max_staleness": 1}},
+        ["offload.resident_bytes = 5", "optimizer.max_staleness = 1", "use 0"],
+    ),
     "huge_pages null": ({"offload": {"huge_pages": None}}, ["offload.huge_pages", "None", "boolean"]),
     "no memory for copies": ({"checkpoint": {"snapshot_bytes": 0}}, ["checkpoint.snapshot_bytes", "0", "1"]),
     "no checkpoint to keep": ({"checkpoint": {"keep_last": 0}}, ["checkpoint.keep_last", "0", "1"]),
