@@ -13,6 +13,7 @@ RETURN = "tests/unit/test_gradient_return.py"
 STAGED = "tests/unit/test_staged_rows.py"
 SLOTS = "tests/unit/test_slots.py"
 GRADIENT_SLOTS = "tests/unit/test_gradient_slots.py"
+HOT_ROWS = "tests/unit/test_hot_rows.py"
 ENGINE = "tests/integration/test_late_device.py"
 
 OFFLOAD = "meft_engine/offload"
@@ -201,6 +202,98 @@ MUTANTS = [
         "        copy.hold_device()\n        return found\n",
         "        return found\n",
         f"{ENGINE}::test_rows_that_are_brought_to_date_for_each_reader",
+    ),
+    # Rows that the device owns.
+    Mutant(
+        "rows are given up and not brought home",
+        f"{OFFLOAD}/hot_rows.py",
+        "            self._send_home(leaving)\n",
+        "",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "rows come to stay while the host still has to update them",
+        f"{OFFLOAD}/hot_rows.py",
+        "                stack.enter_context(table.reading())  # the host's updates of them come first\n",
+        "",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "nobody knows which rows are ahead of the host's",
+        f"{OFFLOAD}/hot_rows.py",
+        "        self._ahead[:count] |= touched\n",
+        "",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "gradients are lost with the rows that are given back",
+        f"{OFFLOAD}/hot_rows.py",
+        "            table.accumulate(self._row_of_place[touched], half.gradients[touched])\n",
+        "",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "gradients of a window before are added to",
+        f"{OFFLOAD}/hot_rows.py",
+        "        self._touched.fill_(False)\n",
+        "",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "random bits are drawn by the place of a row",
+        f"{OFFLOAD}/hot_rows.py",
+        "corrections, rows[places.long()].int()",
+        "corrections, places",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "whoever waits to read rows as they are is not told that they come home",
+        f"{OFFLOAD}/tensor.py",
+        "            self.about_to_change(rows)\n            yield True\n",
+        "            yield True\n",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "the host's rows are read while the device is ahead",
+        f"{OFFLOAD}/tensor.py",
+        "            self.hot.bring_home()\n",
+        "            pass\n",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "rows are written on the host that the device owns",
+        f"{OFFLOAD}/tensor.py",
+        "            self.hot.let_go()\n",
+        "            pass\n",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "slots do not hear of the device's own updates",
+        f"{OFFLOAD}/slots.py",
+        "            held.residency.version_of_row.index_add_(0, rows, changed.int())\n",
+        "            pass\n",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "resident keys do not follow the device's own updates",
+        f"{OFFLOAD}/resident.py",
+        "        self._put(rows, compute)\n",
+        "",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "the host's old rows are brought in place of the device's",
+        f"{OFFLOAD}/slots.py",
+        "held.residency, found, self.owned),",
+        "held.residency, found),",
+        HOT_ROWS,
+    ),
+    Mutant(
+        "the host's old rows are staged in place of the device's",
+        f"{OFFLOAD}/slots.py",
+        "                    copy_owned(self.owned, held.buffer, rows, here, found)\n",
+        "                    pass\n",
+        HOT_ROWS,
     ),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,9 +27,14 @@ class Layer:
     """A layer's tables and their optimizer, on a device that may own ``most`` rows, or on the host (``None``)."""
 
     def __init__(
-        self, most: int | None, *, dtype: torch.dtype = torch.float32, moments: torch.dtype = torch.float32
+        self,
+        most: int | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        moments: torch.dtype = torch.float32,
+        in_place: bool = True,
     ) -> None:
-        traffic = Traffic.by(LateCopies(), OffloadConfig()) if most is not None else None
+        traffic = Traffic.by(LateCopies(in_place=in_place), OffloadConfig()) if most is not None else None
         self.keys, self.values = self.tables = [
             PartiallyOffloadedTensor(
                 kind,
@@ -104,11 +110,14 @@ def often(monkeypatch):
     monkeypatch.setattr(hot_rows, "STEPS_BETWEEN_CHOICES", 1)
 
 
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "staged"])
+@pytest.mark.parametrize(
+    ("dtype", "moments"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
 @pytest.mark.parametrize("most", [1, 9, ROWS])
-def test_everything_is_as_on_the_host_bit_for_bit(most, dtype, moments, often):
-    device, host = (Layer(count, dtype=dtype, moments=moments) for count in (most, None))
+def test_everything_is_as_on_the_host_bit_for_bit(most, dtype, moments, in_place, often):
+    device, host = (Layer(count, dtype=dtype, moments=moments, in_place=in_place) for count in (most, None))
     for start in range(0, 12, 4):
         train([device, host], range(start, start + 4))
         assert same(device, host)
@@ -227,6 +236,46 @@ def test_rows_that_leave_the_range_are_noticed(often):
     for table in layer.tables:
         table.fill(torch.zeros(ROWS, WIDTH))
     assert layer.optimizer.gradient_norm() == 0.0
+
+
+def test_rows_come_when_the_host_has_updated_them(often):
+    """An update that is due runs when somebody waits for it."""
+    device, host = Layer(9), Layer(None)
+    train([device, host], range(3))
+    rows = torch.tensor([25, 26])
+    for _ in range(3):
+        for layer in (device, host):
+            layer.micro_step(rows, [torch.ones(2, WIDTH)] * 2)
+    due = {update.table: update for update in device.optimizer.updates()}
+
+    def when_waited_for(table: PartiallyOffloadedTensor) -> Callable[[Callable[[], bool]], None]:
+        return lambda condition: None if condition() else due[table].run()
+
+    for table in device.tables:
+        table.expect_update(when_waited_for(table))
+    device.optimizer.update_hot_rows()
+    device.step(applied=False)
+    host.step()
+    assert {25, 26} <= set(device.hot.rows.tolist())
+    assert same(device, host)
+
+
+def test_who_reads_rows_as_they_are_is_told_before_they_come_home(often):
+    layer, host = Layer(9), Layer(None)
+    train([layer, host], range(3))
+    kept, high = {}, layer.values.planes()[0]
+
+    def keep(table: PartiallyOffloadedTensor, rows: Tensor, beat: object) -> None:
+        kept.update((row, table._high[row].clone()) for row in rows.tolist() if table is layer.values)
+
+    here = layer.hot.rows.sort().values
+    layer.micro_step(here, [torch.ones(here.numel(), WIDTH)] * 2)
+    layer.optimizer.step()
+    before = high.clone()
+    layer.values.before_change = keep
+    layer.hot.bring_home()
+    assert sorted(kept) == here.tolist() and all(torch.equal(row, before[at]) for at, row in kept.items())
+    assert not torch.equal(high[here], before[here])
 
 
 def test_readers_before_an_update_are_told(often):
