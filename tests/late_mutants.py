@@ -249,8 +249,8 @@ MUTANTS = [
     Mutant(
         "whoever waits to read rows as they are is not told that they come home",
         f"{OFFLOAD}/tensor.py",
-        "            self.about_to_change(rows)\n            yield True\n",
-        "            yield True\n",
+        "            self.about_to_change(rows)\n            yield\n",
+        "            yield\n",
         HOT_ROWS,
     ),
     Mutant(

@@ -6,14 +6,14 @@ between host and device meanwhile; the host's own copy of them is old until they
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from meft_engine.offload.memory import pieces
-from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.offload.tensor import PartiallyOffloadedTensor, StaleRowsError
 from meft_kernels.dispatch import owned_passes
 from meft_kernels.rows import AdamStep, RowTable, paired_moments
 from meft_kernels.slots import OwnedRows
@@ -239,10 +239,14 @@ class HotRows:
         self._any_ahead = False
 
     def let_go(self) -> None:
-        """Give all rows back to the host, with their gradients, whatever they are."""
+        """Give all rows back to the host, with their gradients, whatever they are.
+
+        Raises:
+            UpdateError: if the thread that should update the host's rows cannot.
+        """
         if not self._rows.numel():
             return
-        self._send_home(torch.arange(self._rows.numel()))
+        self._send_home(torch.arange(self._rows.numel()), damaged=True)
         touched = self._touched[: self._rows.numel()].nonzero().flatten()
         for table, half in self._halves.items():
             table.settle()
@@ -253,15 +257,19 @@ class HotRows:
         self.demoted += self._rows.numel()
         self._rows, self._any_ahead = self._rows[:0], False
 
-    def _send_home(self, places: Tensor) -> None:
-        """Rows of these places [n] int64, as far as they are ahead of the host's."""
+    def _send_home(self, places: Tensor, *, damaged: bool = False) -> None:
+        """Rows of these places [n] int64, as far as they are ahead of the host's.
+
+        Args:
+            damaged: go on if a table on the host cannot be read, which somebody is about to replace.
+        """
         if not self._any_ahead:
             return
         places = places[self._ahead.cpu()[places]]
         there, rows = places.to(self._device), self._rows[places]
         for table, half in self._halves.items():
-            with table.catching_up(rows) as useful:
-                for some in pieces(slice(0, rows.numel() if useful else 0), half.row_bytes()):
+            with suppress(*([StaleRowsError] if damaged else [])), table.catching_up(rows):
+                for some in pieces(slice(0, rows.numel()), half.row_bytes()):
                     for into, source in zip(half.on_host(), half.rows, strict=True):
                         if into is not None:
                             into[rows[some]] = source[there[some]].cpu()

@@ -622,19 +622,16 @@ class PartiallyOffloadedTensor:
         self._on_device.changed_there(rows, changed, compute)
 
     @contextmanager
-    def catching_up(self, rows: Tensor) -> Iterator[bool]:
+    def catching_up(self, rows: Tensor) -> Iterator[None]:
         """Write rows [n] int64 on the host as the device has updated them, which no reader there has to hear of.
 
-        Yields:
-            Whether there is any use in that: not if an update of the host's rows failed midway.
+        Raises:
+            StaleRowsError, UpdateError: as :meth:`reading` does.
         """
-        if self._torn:
-            yield False
-            return
         with self.reading():
             self._on_device.finish_reading()
             self.about_to_change(rows)
-            yield True
+            yield
 
     def require_finite(self, infinite: int) -> None:
         """After an update that left so many rows infinite or NaN.

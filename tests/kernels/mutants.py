@@ -130,6 +130,16 @@ MUTANTS = [
     Mutant(
         "more rows than slots", "gather.py", "given = tl.minimum(missing, free)", "given = missing", "test_gather.py"
     ),
+    Mutant(
+        "rows of the device come from the host", "gather.py", "if copied == 2:", "if copied == 3:", "test_gather.py"
+    ),
+    Mutant(
+        "rows of the device are not counted",
+        "gather.py",
+        "owned += tl.sum(here",
+        "owned += 0 * tl.sum(here",
+        "test_gather.py",
+    ),
     Mutant("a use is not noted", "gather.py", "tl.store(USED + slot, stamp, mask=held)", "pass", "test_gather.py"),
     # Sums and types.
     Mutant(
@@ -156,6 +166,7 @@ MUTANTS = [
     Mutant("scales are left out", "score.py", "scores *= tl.load(SCALES", "scores *= 0 * tl.load(SCALES", INT8),
     Mutant("moments round to nearest", "adam.py", "+ random) >> 16", "+ 0x8000) >> 16", "test_adam.py"),
     Mutant("ties of planes to even", "adam.py", "(bits + 0x8000) >> 16)", "(bits + 0x7FFF) >> 16)", "test_adam.py"),
+    Mutant("random bits by place", "adam.py", "tl.load(IDS + at)", "tl.load(ROWS + at)", "test_adam.py"),
     Mutant("the step is not counted", "adam.py", "tl.store(STEP + row, now)", "pass", "test_adam.py"),
 ]
 

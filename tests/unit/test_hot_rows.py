@@ -14,7 +14,7 @@ from meft_engine.config import OffloadConfig
 from meft_engine.offload import hot_rows
 from meft_engine.offload.gradient_slots import GradientSlots
 from meft_engine.offload.hot_rows import HotRows
-from meft_engine.offload.tensor import NonFiniteRowsError, PartiallyOffloadedTensor
+from meft_engine.offload.tensor import NonFiniteRowsError, PartiallyOffloadedTensor, StaleRowsError
 from meft_engine.offload.traffic import Traffic
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_kernels.sparse import PickGradients, placed
@@ -207,6 +207,32 @@ def test_what_is_written_on_the_host_holds(writer, often):
     assert same(device, host)
 
 
+def test_a_table_that_an_update_has_damaged_can_be_filled_anew(often, monkeypatch):
+    device, host = Layer(9), Layer(None)
+    train([device, host], range(3))
+
+    def fail(rows: Tensor) -> None:
+        raise OSError("in the middle of an update")
+
+    device.micro_step(*drawn(9))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="middle"):
+        patch.setattr(device.keys, "refresh", fail)
+        device.optimizer.step()
+    device.optimizer.zero_grad()
+    with pytest.raises(StaleRowsError, match="half updated"):
+        device.keys.planes()
+    for layer in (device, host):
+        for name, plane in host.state().items():
+            table, kind = name.split("/")
+            if kind == "compute":
+                getattr(layer, table).fill(plane)
+    for table in device.tables:
+        for kind, state in device.optimizer.state[table.handle].items():
+            state.copy_(host.state()[f"{table.name}/{kind}"])
+    train([device, host], range(4, 8))
+    assert same(device, host)
+
+
 def test_the_norm_counts_rows_that_are_there(often):
     device, host = Layer(9), Layer(None)
     train([device, host], range(3))
@@ -240,7 +266,7 @@ def test_rows_that_leave_the_range_are_noticed(often):
 
 def test_rows_come_when_the_host_has_updated_them(often):
     """An update that is due runs when somebody waits for it."""
-    device, host = Layer(9), Layer(None)
+    device, host = Layer(ROWS), Layer(None)
     train([device, host], range(3))
     rows = torch.tensor([25, 26])
     for _ in range(3):
