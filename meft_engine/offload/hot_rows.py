@@ -266,6 +266,8 @@ class HotRows:
         if not self._any_ahead:
             return
         places = places[self._ahead.cpu()[places]]
+        if not places.numel():
+            return
         there, rows = places.to(self._device), self._rows[places]
         for table, half in self._halves.items():
             with suppress(*([StaleRowsError] if damaged else [])), table.catching_up(rows):

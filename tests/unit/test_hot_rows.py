@@ -283,6 +283,7 @@ def test_rows_come_when_the_host_has_updated_them(often):
     device.step(applied=False)
     host.step()
     assert {25, 26} <= set(device.hot.rows.tolist())
+    assert torch.equal(device.visit(rows), host.visit(rows))
     assert same(device, host)
 
 
