@@ -116,6 +116,7 @@ def test_evaluation_exports_and_tables_see_them(tmp_path, monkeypatch):
     hot.destroy()
 
 
+@pytest.mark.host_only
 def test_where_device_and_host_are_one_they_mean_nothing():
     engine = make_engine(ALL)
     assert engine.meft_adapters.hot_rows() == [] and engine.meft_report()["device_bytes_by_kind"]["hot_rows"] == 0
