@@ -60,7 +60,7 @@ test-kernels: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted -x -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 	$(BIN)/python -W ignore::UserWarning:triton.knobs -m tests.kernels.compiled.resources docs/kernels.md
 
-# Whether tests notice kernels, and waits for a device, that have been broken on purpose, one at a time; eight minutes.
+# Whether tests notice kernels, and waits for a device, that have been broken on purpose, one at a time; ten minutes.
 test-mutants: $(STAMP)
 	$(BIN)/python -m tests.kernels.mutants
 	$(BIN)/python -m tests.late_mutants
