@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.families import tiny_block, tiny_llama
-from tests.integration.engines import batch, build_engine, masters, router_values, train_step
+from tests.integration.engines import batch, build_engine, lm_loss, masters, router_values, train_step
 from tests.late_copies import use_late_device
 
 ONE, THREE, BF16 = {}, {"gas": 3, "clip": 0.5}, {"gas": 3, "bf16": True}
@@ -35,6 +35,22 @@ def test_training_is_the_same(case, monkeypatch):
     settings, overlap, offload, in_place, early = CASES[case]
     block = tiny_block(optimizer={"overlap": overlap}, offload=offload)
     compare(block, settings, monkeypatch, in_place=in_place, early=early)
+
+
+def test_gradients_on_the_device_leave_it_as_the_last_micro_steps_backward_does(monkeypatch):
+    """And not before; when the step begins, they are on their way."""
+    use_late_device(monkeypatch.setattr)
+    engine = build_engine(tiny_llama(), tiny_block(offload={"grad_slot_bytes": 10**9}), gas=2)
+    tables, crossed = engine.meft_adapters.tables(), []
+    for micro_step in range(2):
+        engine.backward(lm_loss(engine, batch(micro_step)))
+        for table in tables:
+            table.finish_sending()
+        crossed.append([table.bytes_to_host for table in tables])
+        engine.step()
+    assert not any(crossed[0]) and all(crossed[1])
+    assert [table.bytes_to_host for table in tables] == crossed[1]
+    engine.destroy()
 
 
 def test_rows_that_are_brought_to_date_for_each_reader(monkeypatch):

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -227,8 +228,10 @@ def test_derived_experts_of_usual_sizes():
     assert derived_num_experts(10, 8) == 10  # 5 is nearer, but less than a token's experts
 
 
-def test_defaults_are_the_designed_ones():
+def test_defaults_are_the_designed_ones_and_the_readmes():
     assert MeftConfig().model_dump() == DESIGNED
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert json.loads("{" + readme.partition("```json\n")[2].partition("```")[0] + "}")["meft"] == DESIGNED
     assert MeftConfig.from_block({}) == MeftConfig()
 
 

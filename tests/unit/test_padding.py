@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from meft_engine.adapter.attach import AttachedAdapters, attach
-from meft_engine.adapter.calls import CallTracker
+from meft_engine.adapter.calls import Call, CallTracker
 from tests.families import ODD_WIDTH, fill_values, tiny_config, tiny_llama, token_ids
 
 LENGTHS = (5, 9, 1)
@@ -102,6 +102,15 @@ def test_padding_is_looked_for_once_a_forward(monkeypatch):
     for forwards in (1, 2):
         model(ids, attention_mask=mask)
         assert len(looked) == forwards < len(attached.adapters)
+
+
+def test_hidden_states_of_several_lengths_in_one_forward():
+    """Each has its own last columns of the mask, whichever was asked about first."""
+    tracker = CallTracker(nn.Module())
+    tracker._running.append(Call(mask=torch.tensor([[0, 1, 0, 1], [1, 1, 1, 0]])))
+    for _ in range(2):
+        assert tracker.real_tokens(torch.Size((2, 4, 8))).tolist() == [1, 3, 4, 5, 6]
+        assert tracker.real_tokens(torch.Size((2, 2, 8))).tolist() == [1, 2]
 
 
 def test_a_batch_of_nothing_but_padding():
