@@ -51,9 +51,16 @@ class LateCopies:
         """See :class:`meft_engine.offload.copies.Copies`."""
         return self.in_place
 
-    def beside(self, work: Callable[[], None], results: Sequence[Tensor]) -> _LateCopy:
+    def beside(self, work: Callable[[], None], results: Sequence[Tensor], reads: Sequence[Tensor] = ()) -> _LateCopy:
         """See :class:`meft_engine.offload.copies.Copies`."""
-        return self._begin("beside", work, results)
+        versions = [tensor._version for tensor in reads]
+
+        def unchanged() -> None:
+            # Who changes it meanwhile would change some of it before the copy, on a card, and some behind.
+            assert versions == [tensor._version for tensor in reads], "the device changed what a copy still read"
+            work()
+
+        return self._begin("beside", unchanged, results)
 
     def _begin(
         self, stream: str, work: Callable[[], object], results: Sequence[Tensor], source: Tensor | None = None

@@ -301,8 +301,6 @@ MUTANTS = [
         "            held.land()\n\n    def changed_there",
         "            pass\n\n    def changed_there",
         HOT_ROWS,
-        survives="a late copy takes them as they are afterwards and is told so, an early one as they were, and is "
-        "told that they have changed; only a card could take some of each",
     ),
 ]
 

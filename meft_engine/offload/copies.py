@@ -45,12 +45,12 @@ class Copies(Protocol):
     def read_in_place(self, table: Tensor) -> bool:
         """Whether the device can read a table on the host without its being copied first."""
 
-    def beside(self, work: Callable[[], None], results: Sequence[Tensor]) -> Copy:
+    def beside(self, work: Callable[[], None], results: Sequence[Tensor], reads: Sequence[Tensor] = ()) -> Copy:
         """Let the device do ``work`` after what it has been told so far, and beside what it will be told.
 
         Args:
             work: tells the device what to do; it reads and writes what the caller keeps until the copy has ended.
-            results: what it sets.
+            results: what it sets. reads: of what it reads there, what the device may change; not before the copy's end.
         """
 
 
@@ -90,7 +90,7 @@ class CudaCopies:
         """See :class:`Copies`."""
         return table.is_pinned() and reads_host(self._device)
 
-    def beside(self, work: Callable[[], None], results: Sequence[Tensor]) -> Copy:
+    def beside(self, work: Callable[[], None], results: Sequence[Tensor], reads: Sequence[Tensor] = ()) -> Copy:
         """See :class:`Copies`."""
         self._beside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._beside):

@@ -267,6 +267,7 @@ class SlottedRows:
                 self._read = copy = self._pool.copies.beside(
                     lambda: gather(host, held.buffer, rows, count, held.residency, found, self.owned),
                     (found.slots, found.copied, found.counts),
+                    self.owned or (),
                 )
             else:
                 which, here = plan(rows, count, held.residency, found, self.owned)

@@ -287,6 +287,18 @@ def test_rows_come_when_the_host_has_updated_them(often):
     assert same(device, host)
 
 
+def test_an_update_waits_for_rows_that_are_on_their_way_to_slots(often):
+    """The host has none of them to update, for which it would wait itself; a slot must not get half of one, half of
+    the other."""
+    layer, (rows, grads) = Layer(ROWS), drawn(0)
+    for _ in range(4):
+        layer.micro_step(rows, grads)
+        layer.values.expect(rows.clone())  # not what has been asked for and is there
+        layer.step()
+        assert torch.equal(layer.visit(rows), layer.values.masters(slice(None))[rows])
+    assert layer.hot.promoted == len(rows)
+
+
 def test_who_reads_rows_as_they_are_is_told_before_they_come_home(often):
     layer, host = Layer(9), Layer(None)
     train([layer, host], range(3))
