@@ -47,7 +47,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
     mass = torch.stack(masses).sum(0).tolist() if masses else [0.0, 0.0]
     rows_parameters = sum(table.handle.numel() for table in tables)
     router_parameters = sum(math.prod(full_shape(adapter.router)) for adapter in attached.adapters.values())
-    reads = sum(table.reads for table in tables)
+    reads = sum(table.updates.reads for table in tables)
     by_kind = _device_bytes(attached)
     return {
         "layers": len(stats),
@@ -58,7 +58,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         "kept_mass": (mass[1] / mass[0] if mass[0] > 0 else 1.0) if seen else None,
         "host_bytes": sum(table.host_bytes() for table in tables) + optimizer.host_bytes(),
         "host_bytes_measured": attached.measured_bytes,
-        "stale_reads": sum(table.stale_reads for table in tables) / reads if reads else 0.0,
+        "stale_reads": sum(table.updates.stale_reads for table in tables) / reads if reads else 0.0,
         "device_bytes": sum(by_kind.values()),
         "device_bytes_by_kind": by_kind,
         "dense_device_bytes": BYTES_PER_TRAINED_PARAMETER * rows_parameters,

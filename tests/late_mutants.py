@@ -101,7 +101,7 @@ MUTANTS = [
     Mutant(
         "updated rows are not sent",
         f"{OFFLOAD}/tensor.py",
-        "            self._on_device.changed(rows, self._high)\n\n    def _follow_others",
+        "            self._on_device.changed(rows, self._host.high)\n\n    def _follow_others",
         "            pass\n\n    def _follow_others",
         f"{STAGED} {SLOTS}",
     ),
@@ -185,8 +185,8 @@ MUTANTS = [
     Mutant(
         "a table is updated while the device reads it",
         f"{OFFLOAD}/tensor.py",
-        "                self._on_device.finish_reading()\n",
-        "                pass\n",
+        "self.updates.writing(self._finish_reading)",
+        "self.updates.writing()",
         SLOTS,
     ),
     Mutant(

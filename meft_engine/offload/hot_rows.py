@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from meft_engine.offload.memory import pieces
-from meft_engine.offload.tensor import PartiallyOffloadedTensor, StaleRowsError
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.offload.updates import StaleRowsError
 from meft_kernels.dispatch import owned_passes
 from meft_kernels.rows import AdamStep, RowTable, paired_moments
 from meft_kernels.slots import OwnedRows

@@ -7,7 +7,6 @@ neither be flattened, cast, broadcast nor moved.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -16,11 +15,13 @@ import torch
 from torch import Tensor
 
 from meft_engine.offload.gradients import GradientAccumulator, RowGradient
-from meft_engine.offload.memory import host_zeros, pieces
+from meft_engine.offload.host_rows import HostRows
+from meft_engine.offload.memory import pieces
 from meft_engine.offload.resident import ResidentRows
-from meft_engine.offload.shard import Shard
+from meft_engine.offload.shard import Shard, Wait
 from meft_engine.offload.slots import SlottedRows
 from meft_engine.offload.traffic import Traffic
+from meft_engine.offload.updates import StaleRowsError, Updates
 from meft_engine.phases import phase
 from meft_kernels import planes
 from meft_kernels.dispatch import RowsAt, row_passes
@@ -30,10 +31,6 @@ from meft_kernels.slots import OwnedRows
 
 if TYPE_CHECKING:
     from meft_engine.offload.hot_rows import HotRows
-
-
-class StaleRowsError(RuntimeError):
-    """Rows were read that an update has replaced since they were first read, or that are only half updated."""
 
 
 class NonFiniteRowsError(ArithmeticError):
@@ -103,19 +100,17 @@ class PartiallyOffloadedTensor:
         self.handle = torch.zeros((), dtype=torch.float32).expand(rows, width)
         """Stands for the table where a tensor is asked for, such as in an optimizer's groups; it holds no rows."""
 
-        def allocate(dtype: torch.dtype, shared: bool) -> Tensor:
-            if shard is not None and shared:
-                return shard.allocate((rows, width), dtype, shard.fills)
-            present = shard.owned if shard is not None else None
-            return host_zeros(
-                (rows, width), dtype, pin_memory=pin_memory and shared, huge_pages=huge_pages, present=present
-            )
-
-        split = compute_dtype == torch.bfloat16
-        self._high: Tensor | None = allocate(compute_dtype, shared=True)
-        self._low = None
-        if split and trainable:
-            self._low = allocate(torch.int16, shared=shard is None or shard.shares_state)
+        self._host: HostRows | None = HostRows(
+            name,
+            self.handle.shape,
+            compute_dtype,
+            trainable=trainable,
+            pin_memory=pin_memory,
+            huge_pages=huge_pages,
+            shard=shard,
+        )
+        self.updates = Updates(name, max_staleness, shard)
+        """Who may read and write the rows when."""
         self._on_device: ResidentRows | SlottedRows | None = None
         if self._needs_copy_on(self.device):
             self._on_device = self._resident_on(self.device)
@@ -140,15 +135,10 @@ class PartiallyOffloadedTensor:
         self.hot: HotRows | None = None
         """Rows that the device owns; ``None``: it may own none."""
 
-        self.max_staleness = max_staleness
-        self.reads, self.stale_reads = 0, 0
         self.bytes_to_host = 0
         """Of gradients returned; where device and host are one, what would cross otherwise."""
         self._bytes_gathered = 0
-        self._expected, self._written, self._torn = 0, 0, False
         self._updated_there = 0  # how often the device has updated its own rows
-        self._lock = threading.RLock()
-        self._wait = shard.wait if shard is not None else None
 
     # Shape and contents
 
@@ -182,25 +172,23 @@ class PartiallyOffloadedTensor:
         """
         self._bring_home()
         with self.reading():
-            return self.masters(slice(None)) if self._low is not None else self._high.float()
+            return self._host.masters(slice(None))
 
     def masters(self, rows: slice) -> Tensor:
         """[n, d] float32: those of consecutive rows, as :attr:`master` has them."""
         self._bring_home()
         with self.reading():
-            if self._low is None:
-                return self._high[rows].float()
-            return planes.join(self._high[rows], self._low[rows])
+            return self._host.masters(rows)
 
     def planes(self) -> tuple[Tensor, Tensor | None]:
         """What is stored, itself: the bf16 plane and the lower plane, or the fp32 masters and ``None``."""
         self._bring_home()
         with self.reading():
-            return self._high, self._low
+            return self._host.high, self._host.low
 
     def row_table(self, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> RowTable:
         """The table with its moments and steps, as the passes over rows want it."""
-        return RowTable(self._high, self._low, exp_avg, exp_avg_sq, step)
+        return RowTable(self._host.high, self._host.low, exp_avg, exp_avg_sq, step)
 
     def _bring_home(self) -> None:
         if self.hot is not None:
@@ -220,7 +208,7 @@ class PartiallyOffloadedTensor:
             raise ValueError(f"{self.name} holds {tuple(self.handle.shape)}, not {tuple(source.shape)}")
         if low is None:
             for part in pieces(slice(0, self.rows), self.width * torch.float32.itemsize):
-                self._split(source[part])  # refused before anything is changed
+                self._host.split(source[part])  # refused before anything is changed
         self.fill_by(
             lambda part: planes.join(source[part].contiguous(), low[part]) if low is not None else source[part].float()
         )
@@ -237,15 +225,11 @@ class PartiallyOffloadedTensor:
             ValueError: for a number that the compute copy cannot hold.
         """
         parts = [slice(0, self.rows)] if self.shard is None else self.shard.fills
-        if self._torn and self._lock.acquire(blocking=False):
-            # An update failed midway, and all that it left is about to be replaced.
-            self._torn = False
-            self._note_written(self._expected)
-            self._lock.release()
+        self.updates.forgive()
         with self._setting():
             for part in parts:
                 for some in pieces(part, self.width * torch.float32.itemsize):
-                    self._set(some, *self._split(read(some)))
+                    self._set(some, *self._host.split(read(some)))
 
     def write(self, rows: Tensor, source: Tensor) -> None:
         """Set some rows' masters from ``source`` [n, d] float32, and their compute copies.
@@ -259,24 +243,12 @@ class PartiallyOffloadedTensor:
             ValueError: for a finite number that is infinite in the compute copy.
             StaleRowsError: if an update failed midway.
         """
-        compute, low = self._split(source)
+        compute, low = self._host.split(source)
         if self.shard is not None:
             mine = self.shard.is_filled(rows)
             rows, compute, low = rows[mine], compute[mine], low[mine] if low is not None else None
         with self._setting():
             self._set(rows, compute, low)
-
-    def _split(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The compute copies of masters, and their lower planes where there are any."""
-        source = source.to("cpu", torch.float32)
-        if self.compute_dtype != torch.bfloat16:
-            return source, None
-        compute, low = planes.split(source)
-        beyond = compute.isinf() & source.isfinite()
-        if bool(beyond.any()):
-            most = float(source[beyond].abs().max())
-            raise ValueError(f"{self.name} is given {most:g}, which is beyond the range of bf16")
-        return compute, low
 
     @contextmanager
     def _setting(self) -> Iterator[None]:
@@ -284,7 +256,7 @@ class PartiallyOffloadedTensor:
             self.hot.let_go()
         with self.reading():  # updates that are due come first
             pass
-        self._expected += 1
+        self.updates.expected += 1
         with self.writing():
             yield
 
@@ -295,16 +267,7 @@ class PartiallyOffloadedTensor:
 
     def _set(self, rows: Tensor | slice, compute: Tensor, low: Tensor | None) -> None:
         self.about_to_change(rows)
-        self._high[rows] = compute
-        if self._low is not None:
-            if self.shard is None or self.shard.shares_state:
-                self._low[rows] = low
-            elif isinstance(rows, slice):
-                if self.shard.owned.start <= rows.start < rows.stop <= self.shard.owned.stop:
-                    self._low[rows] = low
-            else:
-                mine = self.shard.is_owned(rows)
-                self._low[rows[mine]] = low[mine]
+        self._host.put(rows, compute, low)
         self.refresh(rows)
 
     def refresh(self, rows: Tensor | slice) -> None:
@@ -313,17 +276,17 @@ class PartiallyOffloadedTensor:
         if self._on_device is None:
             return
         if self.shard is not None:
-            self.shard.changed_at[rows] = self._expected
+            self.shard.changed_at[rows] = self.updates.expected
         else:
-            self._on_device.changed(rows, self._high)
+            self._on_device.changed(rows, self._host.high)
 
     def _follow_others(self) -> None:
         """Bring what any rank has written since the last time to the device."""
-        if self._on_device is None or self.shard is None or self._refreshed == self._expected:
+        if self._on_device is None or self.shard is None or self._refreshed == self.updates.expected:
             return
         rows = (self.shard.changed_at > self._refreshed).nonzero().flatten()
-        self._on_device.changed(rows, self._high)
-        self._refreshed = self._expected
+        self._on_device.changed(rows, self._host.high)
+        self._refreshed = self.updates.expected
 
     # Reading
 
@@ -338,31 +301,11 @@ class PartiallyOffloadedTensor:
             StaleRowsError: if an update failed midway.
             UpdateError: if the thread that should update cannot.
         """
-        allowed = 0 if latest else self.max_staleness
-        if self._wait is None:
-            self._lock.acquire()
-        elif self._behind() > allowed or not self._lock.acquire(blocking=False):
-            with phase("wait"):
-                self._wait(lambda: self._behind() <= allowed)
-                self._wait(lambda: self._lock.acquire(blocking=False))
-        try:
-            behind = self._behind()
-            if self._torn or behind > allowed:
-                what = "only half updated" if self._torn else f"{behind} updates old, where {allowed} are allowed"
-                raise StaleRowsError(f"rows of {self.name} are {what}; an update failed or did not run")
-            self.reads += 1
-            self.stale_reads += behind > 0
+        with self.updates.reading(latest=latest):
             self._follow_others()
             if self._on_device is not None:
                 self._on_device.land()
-            yield self._on_device.table if isinstance(self._on_device, ResidentRows) else self._high
-        finally:
-            self._lock.release()
-
-    def _behind(self) -> int:
-        """How many of the expected updates are not yet there, on whichever rank of the node."""
-        written = self._written if self.shard is None else int(self.shard.written.min())
-        return self._expected - written
+            yield self._on_device.table if isinstance(self._on_device, ResidentRows) else self._host.high
 
     def compute_copy(self) -> Tensor | QuantizedRows:
         """The whole compute copy [r, d] on the device. Only for a resident tensor."""
@@ -489,7 +432,7 @@ class PartiallyOffloadedTensor:
     @property
     def version(self) -> int:
         """Counts updates, those included that are expected and not yet done."""
-        return self._expected + self._updated_there
+        return self.updates.expected + self._updated_there
 
     def require_version(self, version: int) -> None:
         """Check that the rows are those of ``version``.
@@ -585,22 +528,19 @@ class PartiallyOffloadedTensor:
 
     # Updates
 
-    def expect_update(self, wait: Callable[[Callable[[], bool]], None] | None) -> None:
-        """Announce an update. ``wait(condition)`` blocks until the condition holds, or raises where it never will;
-        ``None``: this thread is about to carry it out."""
-        self._expected += 1
-        self._wait = wait if wait is not None or self.shard is None else self.shard.wait
+    def expect_update(self, wait: Wait | None) -> None:
+        """Announce an update, as :meth:`Updates.expect` does."""
+        self.updates.expect(wait)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Carry out an update that was announced. If it raises, the table is unreadable from then on."""
-        with self._lock:
-            if self._on_device is not None:
-                self._on_device.finish_reading()
-            self._torn = True
+        with self.updates.writing(self._finish_reading):
             yield
-            self._note_written(self._written + 1)
-            self._torn = False
+
+    def _finish_reading(self) -> None:
+        if self._on_device is not None:
+            self._on_device.finish_reading()
 
     def own_on_device(self, hot: HotRows, owned: OwnedRows) -> None:
         """Let some rows be the device's own; only of a table that has a copy there or visits it."""
@@ -645,11 +585,6 @@ class PartiallyOffloadedTensor:
                 "resume from a checkpoint with a smaller learning rate"
             )
 
-    def _note_written(self, count: int) -> None:
-        self._written = count
-        if self.shard is not None:
-            self.shard.written[self.shard.place] = count
-
     # Memory
 
     def serve(self, device: torch.device) -> None:
@@ -664,7 +599,7 @@ class PartiallyOffloadedTensor:
         self.device, self._traffic, self._on_device = device, None, None
         if self._needs_copy_on(device):
             self._on_device = self._resident_on(device)
-            self._on_device.changed(slice(None), self._high)
+            self._on_device.changed(slice(None), self._host.high)
 
     def _needs_copy_on(self, device: torch.device) -> bool:
         apart = device.type != "cpu" or self._traffic is not None
@@ -677,15 +612,11 @@ class PartiallyOffloadedTensor:
     def host_bytes(self) -> int:
         """Bytes allocated on the host for the rows themselves (gradients in flight and optimizer state not counted);
         of what the ranks of a node share, this rank's part."""
-        shares_low = self.shard is None or self.shard.shares_state
-        planes = ((self._high, True), (self._low, shares_low))
-        return sum(self.share_of(plane, shared) for plane, shared in planes if plane is not None)
+        return self._host.nbytes()
 
     def share_of(self, plane: Tensor, shared: bool) -> int:
         """Bytes of a plane [r, …] that count as this rank's: of a ``shared`` one an equal part, else its own rows'."""
-        if self.shard is None:
-            return plane.nbytes
-        return plane.nbytes // self.shard.ranks_of_node if shared else plane[self.shard.owned].nbytes
+        return self._host.share_of(plane, shared)
 
     def device_bytes(self) -> int:
         """Bytes that the compute device needs at hand for rows that live there, or else, where device and host are one
@@ -702,9 +633,7 @@ class PartiallyOffloadedTensor:
         """Give the memory back; the table is not usable afterwards."""
         if isinstance(self._on_device, SlottedRows):
             self._on_device.close()
-        self._high = self._low = self._on_device = self.read_current = self.before_gradient = self.shard = self.hot = (
-            None
-        )
+        self._host = self._on_device = self.read_current = self.before_gradient = self.shard = self.hot = None
         self._gradient.clear()
 
     def __deepcopy__(self, memo: dict) -> PartiallyOffloadedTensor:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from meft_engine.adapter import module as module_under_test
 from meft_engine.adapter.attach import AttachedAdapters, attach
-from meft_engine.offload.tensor import StaleRowsError
+from meft_engine.offload.updates import StaleRowsError
 from tests.families import fill_values, tiny_config, tiny_llama, token_ids
 
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

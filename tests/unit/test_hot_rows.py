@@ -14,8 +14,9 @@ from meft_engine.config import OffloadConfig
 from meft_engine.offload import hot_rows
 from meft_engine.offload.gradient_slots import GradientSlots
 from meft_engine.offload.hot_rows import HotRows
-from meft_engine.offload.tensor import NonFiniteRowsError, PartiallyOffloadedTensor, StaleRowsError
+from meft_engine.offload.tensor import NonFiniteRowsError, PartiallyOffloadedTensor
 from meft_engine.offload.traffic import Traffic
+from meft_engine.offload.updates import StaleRowsError
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_kernels.sparse import PickGradients, placed
 from tests.late_copies import LateCopies
@@ -305,7 +306,7 @@ def test_who_reads_rows_as_they_are_is_told_before_they_come_home(often):
     kept, high = {}, layer.values.planes()[0]
 
     def keep(table: PartiallyOffloadedTensor, rows: Tensor, beat: object) -> None:
-        kept.update((row, table._high[row].clone()) for row in rows.tolist() if table is layer.values)
+        kept.update((row, table._host.high[row].clone()) for row in rows.tolist() if table is layer.values)
 
     here = layer.hot.rows.sort().values
     layer.micro_step(here, [torch.ones(here.numel(), WIDTH)] * 2)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import meft_engine
-from meft_engine.offload.tensor import PartiallyOffloadedTensor, StaleRowsError
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.offload.updates import StaleRowsError
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_engine.planner import host_bytes_needed
 from tests.families import tiny_config

@@ -241,7 +241,7 @@ def test_unloading_in_any_order_ends_at_the_base(order, folders):
             assert torch.equal(logits(model), logits(build(expected)[0]))
     assert meft_engine.active_adapter(model) is None
     assert state_of(model) == state_of(base) and torch.equal(logits(model), logits(base))
-    assert all(table._high is None for _, table in tables), "memory goes back"
+    assert all(table._host is None for _, table in tables), "memory goes back"
 
 
 def test_unloading_without_a_name_takes_all_off(folders):

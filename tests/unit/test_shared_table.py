@@ -11,8 +11,9 @@ from torch import Tensor
 
 from meft_engine.config import OffloadConfig
 from meft_engine.offload.shard import Shard
-from meft_engine.offload.tensor import PartiallyOffloadedTensor, StaleRowsError
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
 from meft_engine.offload.traffic import Traffic
+from meft_engine.offload.updates import StaleRowsError
 from meft_engine.optim.sparse_adam import SparseCPUAdam
 from meft_engine.parallel.sharding import owned_rows
 from tests.late_copies import LateCopies
@@ -140,7 +141,7 @@ def test_a_rank_whose_update_failed_is_unreadable_and_never_done():
         pass
     with pytest.raises(Waiting):
         other.gather(torch.tensor([0]))
-    one._wait = lambda condition: condition()  # whatever lets it through
+    one.updates._wait = lambda condition: condition()  # whatever lets it through
     with pytest.raises(StaleRowsError, match="only half updated"):
         one.gather(torch.tensor([0]))
     for table in (one, other):
@@ -240,7 +241,7 @@ def test_a_reader_waits_in_its_thread():
         table.fill(masters())
         table.expect_update(None)
     done = threading.Event()
-    one._wait = lambda condition: [None for _ in iter(condition, True)]
+    one.updates._wait = lambda condition: [None for _ in iter(condition, True)]
 
     def read() -> None:
         one.gather(torch.tensor([0]))

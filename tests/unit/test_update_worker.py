@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from meft_engine.cores import rank_cores
-from meft_engine.offload.tensor import PartiallyOffloadedTensor, StaleRowsError
+from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.offload.updates import StaleRowsError
 from meft_engine.optim.sparse_adam import NonFiniteRowsError, SparseCPUAdam
 from meft_engine.optim.worker import UpdateError, UpdateWorker
 
@@ -254,7 +255,7 @@ def test_a_reader_may_be_one_update_behind_where_that_is_allowed(worker, gate, m
     thread, found = in_background(lambda: table.gather(torch.tensor([0]), latest=False))
     thread.join(timeout=PATIENCE if max_staleness else 0.2)
     assert thread.is_alive() == (max_staleness == 0)
-    assert (table.reads, table.stale_reads) == ((1, 1) if max_staleness else (0, 0))
+    assert (table.updates.reads, table.updates.stale_reads) == ((1, 1) if max_staleness else (0, 0))
     waiting, latest = in_background(lambda: table.gather(torch.tensor([0])))
     waiting.join(timeout=0.1)
     assert waiting.is_alive()
@@ -263,7 +264,7 @@ def test_a_reader_may_be_one_update_behind_where_that_is_allowed(worker, gate, m
         one.join(timeout=PATIENCE)
     assert (found[0] == (0 if max_staleness else 7)).all() and (latest[0] == 7).all()
     table.gather(torch.tensor([0]), latest=False)
-    assert (table.reads, table.stale_reads) == (3, max_staleness)
+    assert (table.updates.reads, table.updates.stale_reads) == (3, max_staleness)
     worker.close()
 
 
