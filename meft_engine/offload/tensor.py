@@ -172,7 +172,7 @@ class PartiallyOffloadedTensor:
         """
         self._bring_home()
         with self.reading():
-            return self._host.masters(slice(None))
+            return self._host.masters(slice(None)) if self._host.low is not None else self._host.high.float()
 
     def masters(self, rows: slice) -> Tensor:
         """[n, d] float32: those of consecutive rows, as :attr:`master` has them."""
