@@ -612,7 +612,7 @@ class PartiallyOffloadedTensor:
     def host_bytes(self) -> int:
         """Bytes allocated on the host for the rows themselves (gradients in flight and optimizer state not counted);
         of what the ranks of a node share, this rank's part."""
-        return self._host.nbytes()
+        return self._host.nbytes() if self._host is not None else 0
 
     def share_of(self, plane: Tensor, shared: bool) -> int:
         """Bytes of a plane [r, …] that count as this rank's: of a ``shared`` one an equal part, else its own rows'."""
