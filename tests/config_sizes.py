@@ -29,8 +29,8 @@ LLAMA_3_8B = ModelShape(layers=32, width=4096, intermediate=14336, vocabulary=12
 QWEN3_8B = ModelShape(layers=36, width=4096, intermediate=12288, vocabulary=151936, parameters=8_190_735_360)
 
 ALLOCATABLE = {24: 23.0, 40: 38.5, 48: 46.0}
-"""GiB of a card, by its name, that are left once driver and CUDA have taken theirs. A card whose error correction takes a
-sixteenth of it (A10, L4, L40S) has 22.5 of 24 or 45 of 48."""
+"""GiB of a card, by its name, that are left once driver and CUDA have taken theirs. Of a card whose error correction
+takes a sixteenth (A10, L4, L40S) there are 22.5 of 24 or 45 of 48 to begin with."""
 
 PROCESS_GIB = 6
 """For the system and, where one process trains, for Python, PyTorch and CUDA; ``2`` more for each further process."""
@@ -130,7 +130,7 @@ def fits(found: Needs, promise: Promise) -> bool:
 def table() -> str:
     """What every configuration needs; two figures are those of Llama-3.1-8B and of Qwen3-8B."""
     lines = [
-        "| file | adapter, G parameters | each device, GiB | host: rows, moments | host: gradients | host: base, loading |",
+        "| file | adapter, G parameters | each device | host: rows, moments | host: gradients | host: base, loading |",
         "|---|---|---|---|---|---|",
     ]
     for name, promise in PROMISES.items():

@@ -1,4 +1,4 @@
-"""One optimizer step with every configuration of ds_configs/, of which only the sizes are made those of a tiny model."""
+"""One optimizer step with every configuration of ds_configs/, with the sizes alone made those of a tiny model."""
 
 from __future__ import annotations
 
