@@ -78,6 +78,23 @@ def test_the_readme_shows_what_each_file_needs():
     assert table() in README, f"`python -m tests.config_sizes` prints the table that belongs there:\n{table()}"
 
 
+def test_the_guide_shows_what_its_file_needs():
+    guide = (FOLDER.parent / "docs" / "guide_24gb.md").read_text(encoding="utf-8")
+    promise = PROMISES["meft_24gb"]
+    found = [needs(read("meft_24gb"), model, promise) for model in promise.models]
+    for start, part, form in (
+        ("GPU memory", "device", ".1f"),
+        ("host memory for rows", "rows", ".0f"),
+        ("host memory for the gradients", "gradients", ".0f"),
+        ("host memory for the base", "base", ".0f"),
+    ):
+        (row,) = (line for line in guide.splitlines() if line.startswith(f"| {start}"))
+        assert row.split(" | ")[1:] == [
+            f"{getattr(found[0], part) / GIB:{form}}",
+            f"{getattr(found[1], part) / GIB:{form}} |",
+        ]
+
+
 def test_numbers_are_written_once():
     """What a launch line has to repeat is what the file says."""
     commands = re.findall(r"--deepspeed ds_configs/(\w+)\.json(.*?)(?=\n```|\n\S*deepspeed )", README, re.DOTALL)
