@@ -36,11 +36,13 @@ class Section:
     """The file that describes it."""
     body: Callable[[], Iterable[str]]
     missing: str
-    """What to say where there is nothing to show."""
+    """What to say where there is nothing to show; empty: nothing, not even the title."""
 
     def text(self) -> str:
         """In Markdown."""
         if not read_lines(self.files[0]):
+            if not self.missing:
+                return ""
             return f"## {self.title}\n\n`{self.command}`: {self.missing}\n"
         found = [name for name in self.files if (quality_page.RESULTS / name).is_file()]
         names = ", ".join(f"[`{name}`](../benchmarks/results/{name})" for name in found)
@@ -50,7 +52,7 @@ class Section:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([_TOP, *(section.text() for section in SECTIONS)])
+    return "\n".join([_TOP, *filter(None, (section.text() for section in SECTIONS))])
 
 
 def main() -> None:
@@ -192,6 +194,12 @@ def _checkpoints() -> Iterable[str]:
     )
 
 
+def _plan() -> Iterable[str]:
+    yield "What the planner said beforehand, and what the runs took."
+    columns = ("case", "figure", "predicted", "measured", "off", "target")
+    yield _table(columns, [[line[column] for column in columns] for line in read_lines("plan.csv")])
+
+
 def _every(name: str) -> Callable[[], Iterable[str]]:
     """A file whose columns explain themselves."""
 
@@ -243,6 +251,7 @@ SECTIONS = (
         _checkpoints,
         "not yet.",
     ),
+    Section("What is planned", "make bench-plan", ("plan.csv",), None, _plan, ""),
     Section(
         "On a GPU",
         "make bench-gpu",
