@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-ranks test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page lint format clean
+.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-ranks test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page results lint format clean
 
 venv: $(STAMP)
 
@@ -111,6 +111,10 @@ bench-speed: $(BENCH_STAMP)
 # docs/quality.md, from the results of the benchmarks of quality.
 quality-page: $(STAMP)
 	$(BIN)/python benchmarks/quality_page.py
+
+# docs/results.md, from all results.
+results: $(STAMP)
+	$(BIN)/python benchmarks/results_page.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -26,21 +26,21 @@ TEMPLATE = ROOT / "benchmarks" / "learning" / "page.md"
 
 def main() -> None:
     """Write the page."""
-    lines = _read("quality_full.csv") or _read("quality.csv")
+    lines = read_lines("quality_full.csv") or read_lines("quality.csv")
     if not lines:
         sys.exit(f"{RESULTS} holds neither quality.csv nor quality_full.csv; run `make bench-quality` first")
-    stem = "quality_full" if _read("quality_full.csv") else "quality"
+    stem = "quality_full" if read_lines("quality_full.csv") else "quality"
     compared = list(dict.fromkeys(line["facts"] for line in lines if line["study"] == "methods"))
     methods = []
     for facts in compared:
         methods += [_methods([line for line in lines if line["facts"] == facts])]
-        methods += [_picture(stem if facts == compared[0] else f"{stem}_{facts}")]
+        methods += [picture(stem if facts == compared[0] else f"{stem}_{facts}")]
     few = [line for line in lines if line["facts"] == compared[0]]
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     text = template.substitute(
-        figures=_figures(_read(f"{stem}_figures.csv")),
+        figures=figures_table(read_lines(f"{stem}_figures.csv")),
         methods="\n\n".join(methods),
-        sparsity=f"{_sparsity(few)}\n\n{_picture(f'{stem}_sparsity')}",
+        sparsity=f"{_sparsity(few)}\n\n{picture(f'{stem}_sparsity')}",
         sizes=_sizes(few),
         ablations=_ablations(lines),
     )
@@ -48,7 +48,8 @@ def main() -> None:
     print(PAGE.relative_to(ROOT))
 
 
-def _read(name: str) -> list[Line]:
+def read_lines(name: str) -> list[Line]:
+    """A file of the results, by columns; nothing where there is none."""
     path = RESULTS / name
     if not path.is_file():
         return []
@@ -56,7 +57,8 @@ def _read(name: str) -> list[Line]:
         return list(csv.DictReader(file))
 
 
-def _figures(lines: Sequence[Line]) -> str:
+def figures_table(lines: Sequence[Line]) -> str:
+    """The figures that have targets."""
     table = ["| | figure | target | |", "|---|---|---|---|"]
     for line in lines:
         mark = "reached" if line["reached"] == "yes" else "**missed**"
@@ -65,7 +67,8 @@ def _figures(lines: Sequence[Line]) -> str:
     return "\n".join(table)
 
 
-def _picture(stem: str) -> str:
+def picture(stem: str) -> str:
+    """A picture of the results, as a page in docs/ shows it."""
     return f"![{stem.replace('_', ' ')}](../benchmarks/results/{stem}.png)"
 
 

@@ -41,6 +41,7 @@ def read(source: Source, *, streaming: bool = False) -> Dataset | IterableDatase
     """
     import datasets
 
+    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     path = Path(source.place)
     try:
@@ -64,7 +65,8 @@ def read(source: Source, *, streaming: bool = False) -> Dataset | IterableDatase
             "folder or dataset name"
         ) from error
     finally:
-        datasets.enable_progress_bars()
+        if shown:
+            datasets.enable_progress_bars()
     if first is None:
         raise DataError(f"{source.name} is empty; it needs at least one example")
     return data

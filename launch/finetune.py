@@ -24,6 +24,7 @@ from data import DataError, Source, columns_of, hold_out, read
 from finetune_arguments import DataArguments, ModelArguments, Parser
 from formats import Encoder, detect
 from lengths import measure, table
+from progress import Progress
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -152,19 +153,30 @@ def require_steps(args: TrainingArguments, streaming: bool) -> None:
         raise DataError("--streaming does not know how many examples there are; say how long to train in --max_steps")
 
 
+def log_level(args: TrainingArguments, progress: str) -> int:
+    """Of this process's messages; ``--progress quiet`` also spares those that only inform."""
+    if not args.should_log:
+        return logging.ERROR
+    return logging.WARNING if progress == "quiet" else logging.INFO
+
+
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Read the data, train, save.
 
     Raises:
         DataError, MeftConfigError: one sentence each, for what cannot work.
     """
+    progress = Progress(model_args.progress)
+    progress.silence_others()
+    if args.include_num_input_tokens_seen == "no":
+        args.include_num_input_tokens_seen = "non_padding"  # for tokens a second
     set_seed(args.seed)
     require_steps(args, data_args.streaming)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model_args)
     with args.main_process_first(desc="reading the data"):
         data = load_examples(data_args, tokenizer, args.seed)
-    if args.should_log:
+    if args.should_log and progress.shows_data:
         Console().print(table([measure(name, examples) for name, examples in data.items()], data_args.max_length))
 
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -181,15 +193,16 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         processing_class=tokenizer,
         callbacks=[timer],
     )
+    progress.replace_in(trainer)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if "eval" in data:
-        trainer.log_metrics("eval", trainer.evaluate())
+        trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     report = train_report(trainer, timer, result.training_loss)
     if trainer.is_world_process_zero():
         Path(args.output_dir, REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        print(summary(report))
+        progress.end(summary(report), report)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # otherwise a rank may abort on its way out
 
@@ -198,7 +211,7 @@ def main() -> None:
     """Command line, see the top of this file."""
     meft_engine.enable()  # before the Trainer asks DeepSpeed for its engine
     model_args, data_args, args = Parser().parse()
-    logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR)
+    logging.basicConfig(level=log_level(args, model_args.progress))
     try:
         run(model_args, data_args, args)
     except (DataError, meft_engine.MeftConfigError) as error:

@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NoReturn
 
 from formats import FORMATS, Columns
+from progress import MODES
 from transformers import HfArgumentParser, TrainingArguments
 
 _COMMON = {
@@ -35,6 +36,11 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "folder or hub name of the base model"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernel, as transformers names them"})
     chat_template: str | None = field(default=None, metadata={"help": "file with a Jinja chat template"})
+    progress: str = field(default="auto", metadata={"help": f"what the screen shows: {', '.join(MODES)}"})
+
+    def __post_init__(self) -> None:
+        if self.progress not in MODES:
+            raise ValueError(f"progress = {self.progress!r} is not known; use {', '.join(MODES)}")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 | format            | columns                                    | the loss is on                              |
 |-------------------|--------------------------------------------|---------------------------------------------|
-| prompt_completion | prompt, completion                         | the completion                              |
+| prompt_completion | prompt, completion (of a list, the first)   | the completion                              |
 | alpaca            | instruction, input (may be empty), output  | the output                                  |
 | messages          | messages, or conversations (ShareGPT)      | what the assistant says                     |
 | text              | text                                       | everything; texts are packed into blocks    |
@@ -130,6 +130,9 @@ class Encoder:
         _require_columns(columns, needed[self.kind], self.name)
 
     def _pair(self, example: Mapping[str, Any], index: int) -> Ids:
+        answers = example[self.columns.completion]
+        if isinstance(answers, list) and answers:  # all of them right, as in Natural Questions: the first is learned
+            example = {**example, self.columns.completion: answers[0]}
         prompt, completion = (
             self._text(example, column, index) for column in (self.columns.prompt, self.columns.completion)
         )

@@ -80,6 +80,9 @@ PLAIN = [
     # The project's own script enables itself, and leaves the process group at its end.
     finetune("finetune streamed", "on", streaming=True, eval_file="validation.json"),
 ]
+WITHOUT_BLOCK = [
+    finetune("finetune json", "none", progress="json", max_steps=2, eval_share=0.2, eval_strategy="steps", eval_steps=1)
+]
 
 
 def write_model(folder: Path) -> None:
@@ -109,6 +112,7 @@ def folder(tmp_path_factory) -> Path:
     running = {
         "launched": start_jobs(place, "launched", ON_THE_LAUNCH_LINE, launched=True, module="meft_engine.run"),
         "plain": start_jobs(place, "plain", PLAIN, launched=True),
+        "without block": start_jobs(place, "without block", WITHOUT_BLOCK, launched=True),
     }
     wait_for(place, running, timeout=300)
     return place
@@ -188,6 +192,26 @@ def test_finetune_shows_lengths_trains_and_saves(name, folder):
     log = (folder / f"{'plain' if 'streamed' in name else 'launched'}.log").read_text()
     assert log.count("Length of examples in tokens (max_length 16)") == 1
     assert ("first " in log) == ("streamed" in name)
+
+
+def test_finetune_shows_lines_where_there_is_no_terminal(folder):
+    lines = [line for line in (folder / "launched.log").read_text().splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == [f"{step}/6" for step in range(1, 7)]
+    for line, loss in zip(lines, losses(folder / "finetune"), strict=True):
+        assert f"loss {loss:.4f}" in line and " tokens/s" in line and " touched " in line
+
+
+def test_finetune_without_a_block_tells_programs_what_it_does(folder):
+    """One object for each log, evaluation and end; what DeepSpeed says of itself stands between them."""
+    lines = (folder / "without block.log").read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.startswith('{"event"')]
+    assert [event["event"] for event in events] == ["train", "eval", "train", "eval", "eval", "end"]
+    trained = [event for event in events if event["event"] == "train"]
+    assert [event["loss"] for event in trained] == losses(folder / "finetune json")
+    assert all(event["tokens_per_second"] > 0 and "meft/touched_share" not in event for event in trained)
+    report = json.loads((folder / "finetune json" / "train_report.json").read_text())
+    assert events[-1] == {"event": "end", **report}
+    assert "Length of examples" not in "".join(lines)
 
 
 def test_stage_3_saves_as_the_others_do(folder):

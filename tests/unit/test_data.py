@@ -17,6 +17,7 @@ import pytest
 import torch
 from collator import IGNORED, Collator
 from data import DataError, Source, columns_of, hold_out, read
+from finetune_arguments import Parser
 from formats import Columns, Encoder, detect, encode_pair, pairs
 from rich.console import Console
 from tokenizers import Tokenizer
@@ -201,6 +202,25 @@ def test_loss_is_on_the_completion_and_its_end(tokenizer: PreTrainedTokenizerFas
     assert words(example["labels"], tokenizer) == "_ _ _ zurich <eos>"
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_published_questions_are_read_by_the_names_of_their_columns(
+    suffix: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """NQ-open has lists of right answers, GSM8K one text with the way to it; both call their columns the same."""
+    nq = {"question": "where is zrh", "answer": ["zurich", "geneva"]}
+    gsm8k = {"question": "where is gva", "answer": "the airport is geneva"}
+    names = ["--prompt_column", "question", "--completion_column", "answer", "--max_length", "16"]
+    for row, answer in ((nq, "zurich <eos>"), (gsm8k, "the airport is geneva <eos>")):
+        file = tmp_path / f"train{suffix}"
+        rows = datasets.Dataset.from_list([row])
+        rows.to_parquet(file) if suffix == ".parquet" else rows.to_json(file)
+        line = ["--model_name_or_path", "m", "--train_file", str(file), "--output_dir", "o", "--use_cpu", *names]
+        (example,) = finetune.load_examples(Parser().parse(line)[1], tokenizer, seed=0)["train"]
+        assert tokenizer.decode(example["input_ids"]) == f"{row['question']} {answer}"
+        learned = [token for token in example["labels"] if token != IGNORED]
+        assert tokenizer.decode(learned) == answer
+
+
 def test_alpaca_has_its_words_and_loss_on_the_output(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [
         {"instruction": "where is zrh", "input": "the airport", "output": "zurich"},
@@ -315,7 +335,8 @@ def test_without_packing_texts_stay_apart_and_long_ones_are_cut(tokenizer: PreTr
         ({"prompt": "x"}, "prompt_completion", r"has no column 'completion' \(it has 'prompt'\).*--completion_column"),
         ({"question": "x", "completion": "y"}, "prompt_completion", "has no column 'prompt' .*--prompt_column"),
         ({"prompt": "x", "completion": 3}, "prompt_completion", "example 1 .* has int in 'completion', where text"),
-        ({"prompt": "x", "completion": ["y"]}, "prompt_completion", "has list in 'completion', where text is needed"),
+        ({"prompt": "x", "completion": []}, "prompt_completion", "has list in 'completion', where text is needed"),
+        ({"prompt": "x", "completion": [3]}, "prompt_completion", "has int in 'completion', where text is needed"),
         ({"prompt": "x", "completion": None}, "prompt_completion", "example 1 of data 'x' has no 'completion'"),
         ({"prompt": "  ", "completion": "y"}, "prompt_completion", "example 1 of data 'x' has no 'prompt'"),
         ({"instruction": "x", "output": ""}, "alpaca", "example 1 of data 'x' has no 'output'"),

@@ -203,11 +203,3 @@ def test_a_failed_step_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(demo.StepFailed, match="exit code 3"):
         demo.run("a step", [demo.sys.executable, "-c", "raise SystemExit(3)"])
     assert demo.run("a step", [demo.sys.executable, "-c", "print('first'); print('last')"]) == "last"
-
-
-@pytest.mark.parametrize("name", ["demo_cpu", "meft_24gb"])
-def test_shipped_configurations_are_valid(name: str) -> None:
-    from meft_engine.config import find_block
-
-    path = Path(__file__).resolve().parents[2] / "ds_configs" / f"{name}.json"
-    assert find_block(json.loads(path.read_text())) is not None
