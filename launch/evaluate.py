@@ -2,8 +2,8 @@
 
     python launch/evaluate.py --model MODEL [--adapter FOLDER] --data questions.jsonl more_questions.jsonl
 
-With ``--log RUN`` the result is added to the log of a run, for ``meft-engine report``: as of the step of the adapter, or
-of step 0 for the base model.
+With ``--log RUN`` the result is added to the log of a run, for ``meft-engine report``: as of the adapter's step, or of
+step 0 for the base model.
 The last line printed is one JSON object: ``{"questions": {"exact_match": …, "f1": …, "count": …}, …}``.
 """
 
@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is native")
     parser.add_argument("--predictions", type=Path, help="file to write every prompt, answer and truth to (JSON lines)")
-    parser.add_argument("--log", type=Path, metavar="RUN", help="folder of a run whose log gets the result, for its report")
+    parser.add_argument("--log", type=Path, metavar="RUN", help="folder of a run whose log gets the result")
     args = parser.parse_args(argv)
     stems = [Path(path).stem for path in args.data]
     if len(set(stems)) < len(stems):

@@ -1,6 +1,6 @@
 """The log of a run: a file of JSON lines in the run's folder, to which records are appended.
 
-Each record has a ``kind`` and a ``time``, in seconds since 1970; :mod:`meft_engine.recorder` says what an engine writes.
+Each has a ``kind`` and a ``time``, in seconds since 1970; :mod:`meft_engine.recorder` says what an engine writes.
 Numbers that JSON does not have stand there as the strings ``"nan"``, ``"inf"`` and ``"-inf"``.
 """
 

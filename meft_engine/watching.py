@@ -86,7 +86,7 @@ class Window:
 
 
 class Watch:
-    """Reads figures every ``monitor.interval`` steps, gives them to DeepSpeed's monitors and to the run's log, and warns
+    """Reads figures every ``monitor.interval`` steps, gives them to DeepSpeed's monitors and the run's log, and warns
     once of trouble."""
 
     def __init__(self, engine: MeftEngine) -> None:

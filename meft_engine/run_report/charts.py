@@ -44,6 +44,7 @@ def _over_steps(
     word: Callable[[float], str],
     *,
     axis: Callable[[Axes], None] | None = None,
+    tick: Callable[[float], str] = words.tick,
     about: str = "",
 ) -> Chart | None:
     series = [one for one in series if one[1]]
@@ -51,10 +52,15 @@ def _over_steps(
         return None
 
     def draw(axes: Axes) -> None:
+        unit, name = words.unit_of(max(value for _, _, y in series for value in y)) if word is words.size else (1, "")
         for one, x, y in series:
-            line(axes, x, y, one)
+            line(axes, x, [value / unit for value in y], one)
         steps_axis(axes)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: word(value)))
+        steps = {step for _, x, _ in series for step in x}
+        if len(steps) == 1:
+            axes.set_xlim(min(steps) - 1, max(steps) + 1)
+        axes.set_ylabel(name)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         if axis is not None:
             axis(axes)
@@ -63,7 +69,8 @@ def _over_steps(
     return Chart(key, title, _says(series, word), draw, _table(series, word), legend, about=about)
 
 
-def _of_share(axes: Axes) -> None:
+def of_share(axes: Axes) -> None:
+    """From nothing to all."""
     axes.set_ylim(-0.02, 1.02)
 
 
@@ -72,7 +79,7 @@ def loss(runs: Sequence[Run]) -> Chart | None:
     series: Series = []
     names = list(dict.fromkeys(name for run in runs for r in run.validations for name in r["figures"]))
     names = [name for name in names if name.endswith("loss")]
-    parts = ["training", *(name.removeprefix("eval_").replace("loss", "validation") for name in names)]
+    parts = ["training" if names else "", *(name.removeprefix("eval_").replace("loss", "validation") for name in names)]
     for index, run in enumerate(runs):
         series.append((_keys(runs, index, parts, 0), *run.figure("loss")))
         for part, name in enumerate(names, 1):
@@ -84,7 +91,7 @@ def loss(runs: Sequence[Run]) -> Chart | None:
         values = [value for _, _, y in series for value in y if math.isfinite(value)]
         if values and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.plain(value)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.tick(value)))
 
     about = "Mean of the steps since the reading before."
     return _over_steps("loss", "Loss", series, words.plain, axis=axis, about=about)
@@ -99,7 +106,7 @@ def exact_match(runs: Sequence[Run]) -> Chart | None:
         for part, name in enumerate(sets):
             found = {step: run_log.number(r["exact_match"]) for step, r in run.scores().get(name, {}).items()}
             series.append((_keys(runs, index, parts, part), list(found), list(found.values())))
-    chart = _over_steps("exact-match", "Exact match", series, words.plain, axis=_of_share)
+    chart = _over_steps("exact-match", "Exact match", series, words.plain, axis=of_share)
     if chart is not None:
         counts = {name: r["count"] for run in runs for name in sets for r in run.scores().get(name, {}).values()}
         asked = ", ".join(f"{counts[name]} of {label}" for name, label in zip(sets, parts, strict=True))
@@ -114,7 +121,7 @@ def figure_over_steps(
     names: dict[str, str],
     word: Callable[[float], str],
     *,
-    of_share: bool = False,
+    axis: Callable[[Axes], None] | None = None,
     about: str = "",
 ) -> Chart | None:
     """Figures of the readings.
@@ -129,10 +136,18 @@ def figure_over_steps(
         for part, name in enumerate(names)
     ]
 
-    def from_zero(axes: Axes) -> None:
-        axes.set_ylim(bottom=0)
+    tick = words.share if word is words.share else words.tick
+    return _over_steps(key, title, series, word, axis=axis or from_zero, tick=tick, about=about)
 
-    return _over_steps(key, title, series, word, axis=_of_share if of_share else from_zero, about=about)
+
+def from_zero(axes: Axes) -> None:
+    """As far up as needed; but what is next to nothing shall look like it."""
+    axes.set_ylim(0, max(axes.get_ylim()[1], 0.05))
+
+
+def up_to_one(axes: Axes) -> None:
+    """As far down as needed; but what is next to all shall look like it."""
+    axes.set_ylim(min(axes.get_ylim()[0], 0.8), 1.01)
 
 
 def phase_seconds(run: Run) -> dict[str, float]:
@@ -223,13 +238,10 @@ def memory(runs: Sequence[Run], place: str) -> Chart | None:
     kinds = {"host": words.HOST, "device": words.DEVICE}[place]
     measured = [run.memory[-1][place] for run in runs]
     planned = [planned_bytes(run, place) for run in runs]
-    kinds = {k: label for k, label in kinds.items() if any(p.get(k) or m.get(k) for p, m in zip(planned, measured))}
+    kinds = {kind: label for kind, label in kinds.items() if any(of.get(kind) for of in planned + measured)}
     if not kinds:
         return None
-    unit, name = next(
-        ((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB")) if max(map(_most, planned + measured)) >= unit),
-        (2**10, "KiB"),
-    )
+    unit, name = words.unit_of(max(max(of_kind.values(), default=0) for of_kind in planned + measured))
     thick = 0.8 / len(runs)
 
     def draw(axes: Axes) -> None:
@@ -253,7 +265,7 @@ def memory(runs: Sequence[Run], place: str) -> Chart | None:
         f"{run.name}: {words.size(sum(m.values()))} measured, {words.size(sum(p.values()))} planned"
         for run, (m, p) in zip(runs, pairs, strict=True)
     )
-    legend = [Key(run.name if len(runs) > 1 else "measured", color_of_run(i), filled=True) for i, run in enumerate(runs)]
+    legend = [Key(run.name, color_of_run(index), filled=True) for index, run in enumerate(runs)]
     about = "Filled: as allocated. Outlined: as planned before anything was."
     if place == "device" and all(run.start["device_is_host"] for run in runs):
         about += " There was no device apart from the host; filled is what one would have needed at hand so far."
@@ -270,7 +282,3 @@ def planned_bytes(run: Run, place: str) -> dict[str, int]:
     planned = run.start["planned"]
     part = planned["ranks_of_node"] if place == "host" else 1
     return {kind: count // part for kind, count in planned[place].items()}
-
-
-def _most(of_kind: dict[str, int]) -> int:
-    return max(of_kind.values(), default=0)

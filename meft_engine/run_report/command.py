@@ -19,7 +19,9 @@ from meft_engine.run_report.reader import Run, names_of, read_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``meft-engine report`` takes."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, with meft_log.jsonl in it")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html if not given")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html if not given"
+    )
     parser.add_argument(
         "--watch", type=float, metavar="SECONDS", help="write it again so often, until no run is going on any more"
     )

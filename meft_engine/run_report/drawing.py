@@ -25,8 +25,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-# The runs' eight are Okabe and Ito's, which the colour-blind can tell apart; what they mean a marker says too. The phases
-# have a hue for each part of a step and go from dark to light in it. Loads go from orange (few) to blue (many).
+# The runs' are near Okabe and Ito's, which the colour-blind can tell apart; what they mean a marker says too. Phases
+# have a hue for each part of a step, dark to light. Loads go from orange (few) to blue (many).
 LIGHT = {
     **{"surface": "#fffffe", "ink": "#1b2027", "muted": "#5a6470", "grid": "#e4e8ec", "frame": "#b9c1ca"},
     **{"run0": "#0072b2", "run1": "#d55e00", "run2": "#009e73", "run3": "#cc79a7"},
@@ -188,11 +188,11 @@ def legend_mark(key: Key) -> str:
         shape = f'<rect x="3" y="2" width="18" height="10" rx="2" fill="var(--{key.color})"/>'
         return f'<svg class="mark" viewBox="0 0 24 14" aria-hidden="true">{shape}</svg>'
     dash = DASHES[key.dash % len(DASHES)]
-    dashes = "" if dash == "-" else f' stroke-dasharray="{" ".join(f"{1.7 * part:g}" for part in dash[1])}"'
-    found = f'<path d="M1 7H23" stroke="var(--{key.color})" stroke-width="2" fill="none"{dashes}/>'
+    dashes = "" if dash == "-" else f' stroke-dasharray="{" ".join(f"{1.2 * part:g}" for part in dash[1])}"'
+    found = f'<path d="M1 7H35" stroke="var(--{key.color})" stroke-width="2" fill="none"{dashes}/>'
     if key.marker:
-        found += f'<path d="{_SHAPES[key.marker]}" fill="var(--{key.color})"/>'
-    return f'<svg class="mark" viewBox="0 0 24 14" aria-hidden="true">{found}</svg>'
+        found += f'<path d="{_SHAPES[key.marker]}" transform="translate(6)" fill="var(--{key.color})"/>'
+    return f'<svg class="mark line" viewBox="0 0 36 14" aria-hidden="true">{found}</svg>'
 
 
 _SHAPES = {
@@ -213,15 +213,21 @@ def _for_page(svg: str, key: str, title: str, says: str) -> str:
     """matplotlib's SVG as a part of a page: no identifier of its own twice, colours and font of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
-    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{key}-", svg)
-    svg = re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLE_OF.get(found[0], found[0]), svg)
-    svg = re.sub(r"font-family: [^;\"]+(; )?", "", svg)
-    svg = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><")
+    svg = re.sub(r"<[^>]+>", lambda tag: _tag_for_page(tag[0], key), svg)
+    svg = re.sub(r">\s+<", "><", svg)
     _, _, view = svg[: svg.index(">")].partition('viewBox="')
+    box = view.partition('"')[0]
     opening = (
-        f'<svg class="chart" viewBox="{view[: view.index(chr(34))]}" role="img" aria-labelledby="{key}-title {key}-says" '
+        f'<svg class="chart" viewBox="{box}" role="img" aria-labelledby="{key}-title {key}-says" '
         'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
         f'<title id="{key}-title">{html.escape(title)}</title><desc id="{key}-says">{html.escape(says)}</desc>'
     )
     return opening + svg[svg.index(">") + 1 :].strip()
+
+
+def _tag_for_page(tag: str, key: str) -> str:
+    tag = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{key}-", tag)
+    tag = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLE_OF.get(found[0], found[0]), tag)
+    tag = re.sub(r"font-family: [^;\"]+(; )?", "", tag)
+    tag = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), tag)
+    return re.sub(r"\s*\n\s*", " ", tag)

@@ -64,12 +64,13 @@ def expert_loads(run: Run, index: int, *, alone: bool) -> Chart | None:
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
 
-    counts = [sum(_level(load) == level for of_layer in loads for load in of_layer) for level in range(len(_LOAD_WORDS))]
-    every = sum(counts)
+    levels = [_level(load) for of_layer in loads for load in of_layer]
+    counts = [levels.count(level) for level in range(len(_LOAD_WORDS))]
+    every = len(levels)
     parts = [f"{words.share(n / every)} {word}" for word, n in zip(_LOAD_WORDS, counts, strict=True) if n]
-    titles = [f"{at * width}" if width == 1 else f"{at * width}–{min((at + 1) * width, record['experts']) - 1}" for at in range(columns)]
+    ends = [(at * width, min((at + 1) * width, record["experts"])) for at in range(columns)]
     table = Table(
-        ["layer", *titles],
+        ["layer", *(_span(first, end) for first, end in ends)],
         [[name, *of_layer] for name, of_layer in zip(run.start["layers"], record["load"], strict=True)],
         [None, *[words.plain] * columns],
         "Tokens of rank 0 that chose an expert of each column, over these steps.",
@@ -109,7 +110,7 @@ def row_updates(runs: Sequence[Run]) -> Chart | None:
     counts = [[sum(of_bin) for of_bin in zip(*run.layers[-1]["updates"], strict=True)] for run in runs]
     counts = [[*of_run, *[0] * (len(bins) - len(of_run))] for of_run in counts]
     shares = [[count / sum(of_run) for count in of_run] for of_run in counts]
-    keys = [Key(run.name, color_of_run(index), MARKERS[index % 8], filled=len(runs) == 1) for index, run in enumerate(runs)]
+    keys = [Key(run.name, color_of_run(index), MARKERS[index % 8]) for index, run in enumerate(runs)]
 
     def draw(axes: Axes) -> None:
         at = list(range(len(bins)))
@@ -125,11 +126,13 @@ def row_updates(runs: Sequence[Run]) -> Chart | None:
         axes.grid(axis="y")
 
     rows = [[label, *(of_run[place] for of_run in counts)] for place, label in enumerate(labels)]
-    table = Table(["updates", *(run.name for run in runs)], rows, [None, *[words.plain] * len(runs)], "Rows, of all layers.")
+    columns = ["updates", *(run.name for run in runs)]
+    table = Table(columns, rows, [None, *[words.plain] * len(runs)], "Rows, of all layers.")
     idle = "; ".join(f"{run.name}: {words.share(s[0])} of the rows never" for run, s in zip(runs, shares, strict=True))
     steps = ", ".join(dict.fromkeys(f"{run.layers[-1]['step']:,}" for run in runs))
     about = f"Share of all layers' rows that were touched so often by step {steps}."
-    return Chart("updates", "How often rows were updated", f"{idle}.", draw, table, keys if len(runs) > 1 else [], about=about)
+    legend = keys if len(runs) > 1 else []
+    return Chart("updates", "How often rows were updated", f"{idle}.", draw, table, legend, about=about)
 
 
 def _span(low: int, high: int) -> str:
@@ -137,7 +140,12 @@ def _span(low: int, high: int) -> str:
 
 
 def by_layer(
-    runs: Sequence[Run], key: str, title: str, values: Callable[[Record], list[float]], *, about: str = ""
+    runs: Sequence[Run],
+    key: str,
+    title: str,
+    values: Callable[[Record], list[float]],
+    *,
+    axis: Callable[[Axes], None],
 ) -> Chart | None:
     """A share of each layer, over the steps of the last record of the layers."""
     runs = [run for run in runs if run.layers and run.start]
@@ -153,7 +161,7 @@ def by_layer(
         every = max(1, -(-len(names) // 10))
         axes.set_xticks(range(0, len(names), every), names[::every])
         axes.set_xlabel("layer")
-        axes.set_ylim(-0.02, 1.02)
+        axis(axes)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.share(value)))
         axes.grid(axis="y")
 
@@ -163,7 +171,9 @@ def by_layer(
         f"{run.name}: {words.share(min(v))} to {words.share(max(v))}, mean {words.share(sum(v) / len(v))}"
         for run, v in zip(runs, found, strict=True)
     )
-    return Chart(key, title, f"{says}.", draw, table, keys if len(runs) > 1 else [], about=about)
+    records = [run.layers[-1] for run in runs]
+    when = "; ".join(dict.fromkeys(f"{record['since'] + 1:,} to {record['step']:,}" for record in records))
+    return Chart(key, title, f"{says}.", draw, table, keys if len(runs) > 1 else [], about=f"Steps {when}.")
 
 
 def dead(record: Record) -> list[float]:

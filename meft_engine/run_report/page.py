@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
 
 from meft_engine import __version__
 from meft_engine.run_report import charts, layer_charts, words
-from meft_engine.run_report.drawing import DARK, LIGHT, Chart, Key, Table, color_of_run, legend_mark, variables
-from meft_engine.run_report.reader import Run, differing, settings_of
+from meft_engine.run_report.drawing import DARK, LIGHT, Chart, legend_mark, variables
+from meft_engine.run_report.reader import Run
+from meft_engine.run_report.tables import STATES, cell, numbers, runs_table, scrolling, settings_table
 
 MOST_POINTS = 400
 """Readings of a run that a page shows; of more, every other one, every third one and so on, and the last."""
-
-_STATES = {
-    "going on": "in training",
-    "finished": "finished",
-    "failed": "ended by an error",
-    "silent": "silent: it has not ended, and has written nothing for long",
-}
 
 
 def thin(run: Run) -> int:
@@ -41,7 +35,7 @@ def sections(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
     """The pictures that these runs have something for, under their headings."""
     shown = [run for run in runs if run.start]
     heats = [layer_charts.expert_loads(run, index, alone=len(runs) == 1) for index, run in enumerate(runs)]
-    over, layers = charts.figure_over_steps, layer_charts.by_layer
+    over, layers = charts.figure_over_steps, functools.partial(layer_charts.by_layer, shown)
     found = {
         "Learning": [charts.loss(shown), charts.exact_match(runs)],
         "Time and traffic": [
@@ -65,30 +59,36 @@ def sections(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
                 "Rows touched",
                 {"touched_share": ""},
                 words.share,
-                of_share=True,
+                axis=charts.of_share,
                 about="Share of a layer's rows that a micro-batch activates, mean of all layers.",
             ),
-            layers(shown, "touched-by-layer", "Rows touched, by layer", layer_charts.of_layers("touched")),
+            layers(
+                "touched-by-layer", "Rows touched, by layer", layer_charts.of_layers("touched"), axis=charts.of_share
+            ),
             over(
                 shown,
                 "dead",
                 "Dead experts",
                 {"dead_experts": ""},
                 words.share,
-                of_share=True,
                 about="Share of the experts that no token chose between two readings, mean of all layers.",
             ),
-            layers(shown, "dead-by-layer", "Dead experts, by layer", layer_charts.dead),
+            layers("dead-by-layer", "Dead experts, by layer", layer_charts.dead, axis=charts.from_zero),
             over(
                 shown,
                 "kept",
                 "Mass that the cap kept",
                 {"kept_mass": ""},
                 words.share,
-                of_share=True,
+                axis=charts.up_to_one,
                 about="Share of the activation that active_rows.cap left, mean of all layers.",
             ),
-            layers(shown, "kept-by-layer", "Mass that the cap kept, by layer", layer_charts.of_layers("kept")),
+            layers(
+                "kept-by-layer",
+                "Mass that the cap kept, by layer",
+                layer_charts.of_layers("kept"),
+                axis=charts.up_to_one,
+            ),
         ],
     }
     whole = [(title, [chart for chart in of_title if chart is not None]) for title, of_title in found.items()]
@@ -111,12 +111,11 @@ def page(
     """
     names = ", ".join(run.name for run in runs)
     head = f'<meta http-equiv="refresh" content="{max(1, round(refresh))}">' if refresh else ""
-    body = [_header(runs, now, refresh), _tiles(runs[0]) if len(runs) == 1 else _runs_table(runs)]
-    several = [Key(run.name, color_of_run(at), "os^DvPX*"[at % 8]) for at, run in enumerate(runs)]
+    body = [_header(runs, now, refresh), _tiles(runs[0]) if len(runs) == 1 else runs_table(runs, now)]
     for title, of_title in drawn:
-        figures = "".join(_figure(chart, shared=len(several) if len(runs) > 1 else 0) for chart in of_title)
+        figures = "".join(map(_figure, of_title))
         body.append(f'<section><h2>{title}</h2><div class="charts">{figures}</div></section>')
-    body.append(_settings(runs))
+    body.append(settings_table(runs))
     body.append(_footer(runs, every))
     style = files("meft_engine.run_report").joinpath("page.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
@@ -166,35 +165,26 @@ def _numbers(runs: Sequence[Run]) -> str:
 # --- parts
 
 
-def _cell(value: Any, word: Any = None) -> str:
-    """A number with what it is exactly; anything else as it is."""
-    if value is None:
-        return "–"
-    if isinstance(value, int | float) and not isinstance(value, bool) and word is not None:
-        return f'<data value="{value!r}">{html.escape(word(value))}</data>'
-    return html.escape(words.setting(value))
-
-
 def _header(runs: Sequence[Run], now: float, refresh: float | None) -> str:
     if len(runs) > 1:
         states = [run.state(now) for run in runs]
-        parts = [f"{states.count(state)} {_STATES[state].partition(':')[0]}" for state in _STATES if state in states]
+        parts = [f"{states.count(state)} {STATES[state].partition(':')[0]}" for state in STATES if state in states]
         title, under = f"{len(runs)} runs", ", ".join(parts)
     else:
         (run,) = runs
         state = run.state(now)
         title = html.escape(run.name)
-        under = f'<span class="state {state.replace(" ", "-")}">{_STATES[state]}</span>'
+        under = f'<span class="state {state.replace(" ", "-")}">{STATES[state]}</span>'
         if state == "failed":
             under += f" {html.escape(str(run.end['error']))}"
         if run.start:
-            under += f" · {html.escape(run.start['model'])}"
+            under += f" · {html.escape(words.model(run.start['model']))}"
             under += f" · step {run.last_step:,}, {words.moment(run.last_news)}"
         if run.resumes:
             under += f" · resumed {'once' if run.resumes == 1 else f'{run.resumes} times'}"
     if refresh:
         under += f" · this page follows, every {words.duration(refresh)}"
-    return f"<header><p class=\"kind\">MEFT report</p><h1>{title}</h1><p class=\"under\">{under}</p></header>"
+    return f'<header><p class="kind">MEFT report</p><h1>{title}</h1><p class="under">{under}</p></header>'
 
 
 def _tiles(run: Run) -> str:
@@ -205,126 +195,54 @@ def _tiles(run: Run) -> str:
         tiles.append(f"<div><dt>{html.escape(label)}</dt><dd>{value}<small>{html.escape(more)}</small></dd></div>")
 
     for name, of_steps in run.scores().items():
-        values = [_cell(result["exact_match"], lambda v: f"{v:.3f}") for result in of_steps.values()]
+        values = [cell(result["exact_match"], lambda v: f"{v:.3f}") for result in of_steps.values()]
         shown = values[0] if len(values) == 1 else f'{values[0]}<span class="to">→</span>{values[-1]}'
         count = list(of_steps.values())[-1]["count"]
         tile(f"exact match, {name.replace('_', ' ')}", shown, f"{count:,} questions")
     if run.last("loss") is not None:
         first, last = run.figure("loss")[1][0], run.last("loss")
-        tile("loss", _cell(last, words.plain), f"{words.plain(first)} at the first reading")
+        tile("loss", cell(last, words.plain), f"{words.plain(first)} at the first reading")
     if run.steps:
         seconds = sum(charts.phase_seconds(run).values())
         typical = run.report.get("seconds_per_step")
         if seconds or typical:
             more = f"{words.duration(run.seconds)}, {run.last_step:,} steps"
-            tile("a step takes", _cell(typical or seconds, words.duration), more)
+            tile("a step takes", cell(typical or seconds, words.duration), more)
     if run.start:
         start = run.start
         ratio = start["adapter_parameters"] / max(1, start["base_parameters"])
         rows = f"{len(start['layers'])} layers × {start['rows']:,} rows, {words.share(ratio)} of the base"
-        tile("adapter", f"{_cell(start['adapter_parameters'], words.count)} parameters", rows)
+        tile("adapter parameters", cell(start["adapter_parameters"], words.count), rows)
     if run.memory and run.start:
         host, device = run.memory[-1]["host"], run.memory[-1]["device"]
         more = f"planned {words.size(sum(charts.planned_bytes(run, 'host').values()))}"
-        tile("in host memory", _cell(sum(host.values()), words.size), more)
+        tile("in host memory", cell(sum(host.values()), words.size), more)
         more = f"dense adapter: {words.size(run.start['dense_device_bytes'])}"
-        tile("on the device", _cell(sum(device.values()), words.size), more)
+        tile("on the device", cell(sum(device.values()), words.size), more)
     if run.last("touched_share") is not None:
-        tile("rows touched", _cell(run.last("touched_share"), words.share), "by a micro-batch, of a layer's")
+        tile("rows touched", cell(run.last("touched_share"), words.share), "by a micro-batch, of a layer's")
     if run.steps:
         samples = run.steps[-1]["samples"]
-        tile("seen", f"{_cell(samples, words.count)} samples", f"{words.count(run.tokens)} tokens routed on rank 0")
+        tile("seen", f"{cell(samples, words.count)} samples", f"{words.count(run.tokens)} tokens routed on rank 0")
     return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else "<p>No step has been taken yet.</p>"
 
 
-def _runs_table(runs: Sequence[Run]) -> str:
-    """A row for each run: the settings that are not the same in all, and what came of them."""
-    settings, names = [settings_of(run) for run in runs], differing(runs)
-    sets = list(dict.fromkeys(name for run in runs for name in run.scores()))
-    results: list[tuple[str, Any, Any]] = [
-        ("step", lambda run: run.last_step, words.plain),
-        ("loss", lambda run: run.last("loss"), words.plain),
-        *(
-            (
-                f"exact match, {name.replace('_', ' ')}",
-                lambda run, name=name: next((r["exact_match"] for r in reversed(run.scores().get(name, {}).values())), None),
-                lambda value: f"{value:.3f}",
-            )
-            for name in sets
-        ),
-        ("a step", lambda run: sum(charts.phase_seconds(run).values()) or None, words.duration),
-        ("parameters", lambda run: run.start.get("adapter_parameters"), words.count),
-        ("host", lambda run: sum(run.memory[-1]["host"].values()) if run.memory else None, words.size),
-        ("device", lambda run: sum(run.memory[-1]["device"].values()) if run.memory else None, words.size),
-        ("touched", lambda run: run.last("touched_share"), words.share),
-    ]
-    groups = '<tr><td></td><td></td>'
-    if names:
-        groups += f'<th scope="colgroup" colspan="{len(names)}">settings that differ</th>'
-    groups += f'<th scope="colgroup" colspan="{len(results)}">results so far</th></tr>'
-    heads = "".join(f'<th scope="col"><code>{html.escape(name)}</code></th>' for name in names)
-    heads += "".join(f'<th scope="col">{html.escape(label)}</th>' for label, _, _ in results)
-    rows = []
-    for at, run in enumerate(runs):
-        mark = legend_mark(Key(run.name, color_of_run(at), "os^DvPX*"[at % 8]))
-        cells = "".join(f'<td class="differs">{_cell(settings[at].get(n), words.plain) if n in settings[at] else "–"}</td>' for n in names)
-        cells += "".join(f"<td>{_cell(value(run), word)}</td>" for _, value, word in results)
-        state = _STATES[run.state()].partition(":")[0]
-        rows.append(f'<tr><th scope="row">{mark} {html.escape(run.name)}</th><td>{state}</td>{cells}</tr>')
-    if not names:
-        rows.append(f'<tr><td colspan="{2 + len(results)}">The settings of all runs are the same.</td></tr>')
-    table = f'<thead>{groups}<tr><th scope="col">run</th><th scope="col">state</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
-    return f'<section><h2>Runs</h2>{_scrolling(f"<table class=runs>{table}</table>", "Runs, their settings and results")}</section>'
-
-
-def _scrolling(table: str, label: str) -> str:
-    """A box in which a table that is too wide or too long can be moved, with the keyboard too."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}">{table}</div>'
-
-
-def _figure(chart: Chart, *, shared: int) -> str:
+def _figure(chart: Chart) -> str:
     legend = "".join(f"<li>{legend_mark(key)} {html.escape(key.label)}</li>" for key in chart.legend)
     legend = f'<ul class="legend">{legend}</ul>' if legend else ""
     about = f"<p>{html.escape(chart.about)}</p>" if chart.about else ""
+    caption = f"<figcaption><h3>{html.escape(chart.title)}</h3>{about}</figcaption>"
     return (
-        f'<figure id="{chart.key}"><figcaption><h3>{html.escape(chart.title)}</h3>{about}</figcaption>{chart.svg()}{legend}'
-        f"<details><summary>Numbers</summary>{_scrolling(_table(chart.table), chart.title)}</details></figure>"
+        f'<figure id="{chart.key}">{caption}{chart.svg()}{legend}'
+        f"<details><summary>Numbers</summary>{scrolling(numbers(chart.table), chart.title)}</details></figure>"
     )
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in table.columns)
-    rows = []
-    for first, *others in table.rows:
-        cells = "".join(f"<td>{_cell(v, word)}</td>" for v, word in zip(others, table.words[1:], strict=True))
-        rows.append(f'<tr><th scope="row">{_cell(first, table.words[0])}</th>{cells}</tr>')
-    caption = f"<caption>{html.escape(table.note)}</caption>" if table.note else ""
-    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _settings(runs: Sequence[Run]) -> str:
-    """Everything that the runs were started with; what differs is marked."""
-    settings, marked = [settings_of(run) for run in runs], set(differing(runs))
-    names = list(dict.fromkeys(name for of_run in settings for name in of_run))
-    if not names:
-        return ""
-    head = "".join(f'<th scope="col">{html.escape(run.name)}</th>' for run in runs)
-    rows = []
-    for name in names:
-        cells = "".join(f"<td>{html.escape(words.setting(of_run[name])) if name in of_run else '–'}</td>" for of_run in settings)
-        differs = ' class="differs"' if name in marked else ""
-        rows.append(f'<tr{differs}><th scope="row"><code>{html.escape(name)}</code></th>{cells}</tr>')
-    table = f'<table class="settings"><thead><tr><th scope="col">setting</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return f"<section><h2>Settings</h2><details><summary>All {len(names)}, derived ones filled in</summary>{_scrolling(table, 'Settings')}</details></section>"
 
 
 def _footer(runs: Sequence[Run], every: Sequence[int]) -> str:
     notes = [f"{run.name}: one of {n} readings" for run, n in zip(runs, every, strict=False) if n > 1]
-    notes += [
-        f"{run.name}: {sum(not math.isfinite(v) for v in run.figure('loss')[1])} readings with a loss that is not finite"
-        for run in runs
-        if any(not math.isfinite(value) for value in run.figure("loss")[1])
-    ]
+    for run in runs:
+        spoilt = sum(not math.isfinite(value) for value in run.figure("loss")[1])
+        notes += [f"{run.name}: {spoilt} readings with a loss that is not finite"] if spoilt else []
     shown = f"<p>{html.escape('. '.join(notes))}.</p>" if notes else ""
     devices = "; ".join(dict.fromkeys(_machine(run) for run in runs if run.start))
     return f"<footer>{shown}<p>{html.escape(devices)}</p><p>meft_engine {__version__}</p></footer>"
@@ -333,4 +251,5 @@ def _footer(runs: Sequence[Run], every: Sequence[int]) -> str:
 def _machine(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.start["versions"].items())
     ranks = run.start["ranks"]
-    return f"{run.start['device']}, {ranks} {'rank' if ranks == 1 else 'ranks'}, ZeRO stage {run.start['zero_stage']}; {versions}"
+    ranks = f"{ranks} rank" if ranks == 1 else f"{ranks} ranks"
+    return f"{run.start['device']}, {ranks}, ZeRO stage {run.start['zero_stage']}; {versions}"

@@ -18,7 +18,7 @@ REPORT = "train_report.json"
 """What ``launch/finetune.py`` writes at the end."""
 
 SILENCE = 600.0
-"""Seconds without a record after which a run no longer counts as going on, if its readings come more often than that."""
+"""Seconds without a record after which a run no longer counts as going on, unless its readings come as seldom."""
 
 Record = dict[str, Any]
 
@@ -177,7 +177,7 @@ def settings_of(run: Run) -> Record:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings that are not the same in all runs that have begun; what only says where files go is none."""
+    """Names of the settings that are not the same in all runs that have begun, but for those that only name a place."""
     found = [settings_of(run) for run in runs if run.start]
     names = dict.fromkeys(name for settings in found for name in settings)
     without = {"monitor.folder", "batch.most_tokens_of_a_micro_batch"}

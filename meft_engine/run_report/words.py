@@ -44,16 +44,27 @@ def plain(value: float) -> str:
     return f"{value:.3g}"
 
 
+def tick(value: float) -> str:
+    """Of an axis: no figure more than needed."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def unit_of(most: float) -> tuple[int, str]:
+    """In which bytes are best counted, the largest of which are so many."""
+    return next(((2**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if most >= 2**power), (2**10, "KiB"))
+
+
+def model(name: str) -> str:
+    """Without the folders that it lies in; a name of the hub as it is."""
+    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) else name
+
+
 def size(count: float) -> str:
     """Bytes, by powers of 1024."""
     if not math.isfinite(count):
         return str(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
+    power = max((power for power in range(5) if abs(count) >= 1024**power), default=0)
+    unit, count = ("B", "KiB", "MiB", "GiB", "TiB")[power], count / 1024**power
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
 
 
