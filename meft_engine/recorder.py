@@ -20,10 +20,7 @@ The records, beside ``kind`` and ``time``:
 
 from __future__ import annotations
 
-import atexit
-import logging
 import platform
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,48 +41,9 @@ if TYPE_CHECKING:
     from meft_engine.adapter.module import SparseAdapter
     from meft_engine.engine import MeftEngine
 
-logger = logging.getLogger("meft_engine")
-
 READINGS_PER_LAYERS = 5
 MOST_BINS = 64
 """Of experts, in a ``layers`` record."""
-
-
-class _Log:
-    """The log's place, and the end that it gets when Python exits; holds nothing of the engine."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.step = 0
-        self._open = False
-
-    def append(self, kind: str, step: int, **values: Any) -> None:
-        """A disk that is full must not end the training: what cannot be written is said once, and no more is tried."""
-        if self.folder is None:
-            return
-        try:
-            run_log.append(self.folder, kind, step=step, **values)
-        except OSError as error:
-            logger.warning(
-                "the run's log cannot be written to %s (%s), so the run goes on without one; set monitor.folder",
-                self.folder / run_log.FILE,
-                error.strerror or error,
-            )
-            self.folder = None
-            return
-        self.step = step
-        if kind in ("start", "step") and not self._open:
-            self._open = True
-            atexit.register(self.end)
-
-    def end(self) -> None:
-        """Training is over, if it has begun."""
-        if not self._open:
-            return
-        self._open = False
-        atexit.unregister(self.end)
-        error = getattr(sys, "last_type", None)  # what ended the script, if it was an error
-        self.append("end", self.step, error=error.__name__ if error is not None else None)
 
 
 @dataclass
@@ -108,7 +66,7 @@ class Recorder:
     def __init__(self, engine: MeftEngine) -> None:
         self._engine, folder = engine, engine.meft_config.monitor.folder
         self._writes = engine.global_rank == 0
-        self._log = _Log(Path(folder) if folder is not None and self._writes else None)
+        self._log = run_log.RunLog(Path(folder) if folder is not None and self._writes else None)
         self._readings = 0
         self.restart()
 

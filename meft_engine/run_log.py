@@ -6,11 +6,16 @@ Numbers that JSON does not have stand there as the strings ``"nan"``, ``"inf"`` 
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("meft_engine")
 
 FILE = "meft_log.jsonl"
 
@@ -62,3 +67,40 @@ def _in_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_in_json(part) for part in value]
     return value
+
+
+class RunLog:
+    """The log's place, and the end that it gets when Python exits; holds nothing of the engine."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.step = 0
+        self._open = False
+
+    def append(self, kind: str, step: int, **values: Any) -> None:
+        """A disk that is full must not end the training: what cannot be written is said once, and no more is tried."""
+        if self.folder is None:
+            return
+        try:
+            append(self.folder, kind, step=step, **values)
+        except OSError as error:
+            logger.warning(
+                "the run's log cannot be written to %s (%s), so the run goes on without one; set monitor.folder",
+                self.folder / FILE,
+                error.strerror or error,
+            )
+            self.folder = None
+            return
+        self.step = step
+        if kind in ("start", "step") and not self._open:
+            self._open = True
+            atexit.register(self.end)
+
+    def end(self) -> None:
+        """Training is over, if it has begun."""
+        if not self._open:
+            return
+        self._open = False
+        atexit.unregister(self.end)
+        error = getattr(sys, "last_type", None)  # what ended the script, if it was an error
+        self.append("end", self.step, error=error.__name__ if error is not None else None)

@@ -41,9 +41,9 @@ class Run:
     """``train_report.json``, where there is one."""
     resumes: int = 0
     tokens: int = 0
-    """That rank 0 has routed, of all its processes."""
+    """That rank 0 has routed in these steps, whatever processes took them."""
     seconds: float = 0.0
-    """Of training, of all its processes."""
+    """Of these steps."""
     last_news: float = 0.0
 
     def figure(self, name: str) -> tuple[list[int], list[float]]:
@@ -96,7 +96,7 @@ def read_run(folder: Path, name: str) -> Run:
             "monitor.folder of the block says, of a run that has begun to train"
         ) from None
     run = Run(folder, name)
-    before, segment = (0, 0.0), {"tokens": 0, "seconds": 0.0}
+    base, totals = (0, 0.0), [(0, 0, 0.0)]  # at the last start; at each step, with its number
     keeps = {
         "step": run.steps,
         "layers": run.layers,
@@ -110,20 +110,18 @@ def read_run(folder: Path, name: str) -> Run:
         if kind == "start":
             for kept in keeps.values():  # steps beyond it have been given up
                 kept[:] = [earlier for earlier in kept if earlier["step"] <= record["step"]]
-            if record["step"]:
-                before = (before[0] + segment["tokens"], before[1] + segment["seconds"])
-                run.resumes += bool(run.start)
-            else:
-                before, run.resumes = (0, 0.0), 0
-            segment = {"tokens": 0, "seconds": 0.0}
+            totals = [total for total in totals if total[0] <= record["step"]]
+            base = totals[-1][1:]
+            run.resumes = run.resumes + bool(run.start) if record["step"] else 0
             run.start, run.end = record, None
         elif kind == "end":
             run.end = record
         elif kind in keeps:
             keeps[kind].append(record)
         if kind == "step":
-            segment, run.end = record, None
-    run.tokens, run.seconds = before[0] + segment["tokens"], before[1] + segment["seconds"]
+            totals.append((record["step"], base[0] + record["tokens"], base[1] + record["seconds"]))
+            run.end = None
+    _, run.tokens, run.seconds = totals[-1]
     run.report = _report(folder)
     return run
 

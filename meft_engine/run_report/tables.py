@@ -24,7 +24,7 @@ ABSENT = object()
 
 def cell(value: Any, word: Any = None) -> str:
     """A number with what it is exactly; anything else as it is."""
-    if value is ABSENT or (value is None and word is not None):
+    if value is ABSENT or (value is None and word is not words.setting):
         return "–"
     if isinstance(value, int | float) and not isinstance(value, bool) and word is not None:
         return f'<data value="{value!r}">{html.escape(word(value))}</data>'
@@ -63,7 +63,7 @@ def runs_table(runs: Sequence[Run], now: float) -> str:
     rows = []
     for at, run in enumerate(runs):
         mark = legend_mark(Key(run.name, color_of_run(at), MARKERS[at % 8]))
-        cells = "".join(f'<td class="differs">{cell(settings[at].get(n, ABSENT), words.plain)}</td>' for n in names)
+        cells = "".join(f'<td class="differs">{cell(settings[at].get(n, ABSENT), words.setting)}</td>' for n in names)
         cells += "".join(f"<td>{cell(value(run), word)}</td>" for _, value, word in results)
         state = STATES[run.state(now)].partition(":")[0]
         rows.append(f'<tr><th scope="row">{mark} {html.escape(run.name)}</th><td>{state}</td>{cells}</tr>')
@@ -99,7 +99,7 @@ def settings_table(runs: Sequence[Run]) -> str:
     head = "".join(f'<th scope="col">{html.escape(run.name)}</th>' for run in runs)
     rows = []
     for name in names:
-        cells = "".join(f"<td>{cell(of_run.get(name, ABSENT))}</td>" for of_run in settings)
+        cells = "".join(f"<td>{cell(of_run.get(name, ABSENT), words.setting)}</td>" for of_run in settings)
         differs = ' class="differs"' if name in marked else ""
         rows.append(f'<tr{differs}><th scope="row"><code>{html.escape(name)}</code></th>{cells}</tr>')
     head = f'<thead><tr><th scope="col">setting</th>{head}</tr></thead>'
