@@ -6,6 +6,7 @@ The page is one file that needs no other; beside it, the pictures as PNG.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,8 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page.
 
     Raises:
-        MeftConfigError: if a folder has no log, or the page cannot be written.
+        MeftConfigError: if matplotlib is missing, a folder has no log, or the page cannot be written.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MeftConfigError("a report needs matplotlib, which is not installed; pip install 'meft-engine[report]'")
     if arguments.watch is not None and not arguments.watch > 0:
         raise MeftConfigError(f"--watch = {arguments.watch:g} must be more than 0 seconds")
     folders, output = list(arguments.runs), arguments.output
@@ -61,7 +64,7 @@ def _follow(folders: Sequence[Path], output: Path, seconds: float) -> None:
             waiting = True
         else:
             now = time.time()
-            if all(run.state(now) != "going on" for run in runs):
+            if all(run.state(now) not in ("going on", "not begun") for run in runs):
                 return
             _write(runs, output, refresh=seconds)
             print(f"{output}: step {', '.join(f'{run.last_step:,}' for run in runs)}", flush=True)

@@ -10,15 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meft_engine.config import MeftConfigError
-
-try:
-    import matplotlib
-except ImportError as error:
-    raise MeftConfigError(
-        "a report needs matplotlib, which is not installed; pip install 'meft-engine[report]'"
-    ) from error
-
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -29,8 +21,8 @@ from matplotlib.ticker import MaxNLocator
 # have a hue for each part of a step, dark to light. Loads go from orange (few) to blue (many).
 LIGHT = {
     **{"surface": "#fffffe", "ink": "#1b2027", "muted": "#5a6470", "grid": "#e4e8ec", "frame": "#b9c1ca"},
-    **{"run0": "#0072b2", "run1": "#d55e00", "run2": "#009e73", "run3": "#cc79a7"},
-    **{"run4": "#b98300", "run5": "#56b4e9", "run6": "#7b4fa3", "run7": "#4f5b66"},
+    **{"run0": "#0072b2", "run1": "#d55e00", "run2": "#009e73", "run3": "#bd5f93"},
+    **{"run4": "#a87400", "run5": "#2e93c9", "run6": "#7b4fa3", "run7": "#4f5b66"},
     **{"forward": "#08519c", "route": "#3182bd", "gather": "#6baed6", "combine": "#a6cfe8"},
     **{"backward": "#a63603", "row_gradients": "#f08438", "exchange": "#8c2d82"},
     **{"norm": "#00662a", "optimizer": "#31a354", "update": "#a1d99b", "wait": "#e3b505", "other": "#98a1ab"},

@@ -73,7 +73,10 @@ class Run:
         return {name: dict(sorted(of_steps.items())) for name, of_steps in found.items()}
 
     def state(self, now: float | None = None) -> str:
-        """``"finished"``, ``"failed"``, ``"going on"``, or ``"silent"``: it has not ended, and says nothing."""
+        """``"not begun"``, ``"going on"``, ``"finished"``, ``"failed"``, or ``"silent"``: it has not ended, and writes
+        nothing."""
+        if not self.start:
+            return "not begun"
         if self.end is not None:
             return "failed" if self.end.get("error") else "finished"
         times = [record["time"] for record in self.steps]

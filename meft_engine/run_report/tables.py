@@ -11,6 +11,7 @@ from meft_engine.run_report.drawing import MARKERS, Key, Table, color_of_run, le
 from meft_engine.run_report.reader import Run, differing, settings_of
 
 STATES = {
+    "not begun": "not begun",
     "going on": "in training",
     "finished": "finished",
     "failed": "ended by an error",
@@ -67,11 +68,10 @@ def runs_table(runs: Sequence[Run], now: float) -> str:
         cells += "".join(f"<td>{cell(value(run), word)}</td>" for _, value, word in results)
         state = STATES[run.state(now)].partition(":")[0]
         rows.append(f'<tr><th scope="row">{mark} {html.escape(run.name)}</th><td>{state}</td>{cells}</tr>')
-    if not names:
-        rows.append(f'<tr><td colspan="{2 + len(results)}">The settings of all runs are the same.</td></tr>')
     heads = f'<tr><th scope="col">run</th><th scope="col">state</th>{heads}</tr>'
     table = f'<table class="runs"><thead>{groups}{heads}</thead><tbody>{"".join(rows)}</tbody></table>'
-    return f"<section><h2>Runs</h2>{scrolling(table, 'Runs, their settings and results')}</section>"
+    alike = "" if names else '<p class="under">The settings of all runs are the same.</p>'
+    return f"<section><h2>Runs</h2>{scrolling(table, 'Runs, their settings and results')}{alike}</section>"
 
 
 def scrolling(table: str, label: str) -> str:

@@ -46,7 +46,13 @@ def test_a_run_from_its_first_step_to_its_end(tmp_path):
     engine = make_engine(tmp_path / "run", gas=2)
     losses = [train_step(engine, [batch(2 * step), batch(2 * step + 1)]) for step in range(5)]
     engine.destroy()
-    assert kinds(tmp_path / "run") == ["start", *("step", "layers", "memory"), "step", *("step", "layers", "memory"), "end"]
+    assert kinds(tmp_path / "run") == [
+        "start",
+        *("step", "layers", "memory"),
+        "step",
+        *("step", "layers", "memory"),
+        "end",
+    ]
     (start,) = of_kind(tmp_path / "run", "start")
     assert start["step"] == 0 and start["model"] == "LlamaForCausalLM" and start["zero_stage"] == 1
     assert start["layers"] == [f"model.layers.{layer}.mlp" for layer in range(3)]
@@ -252,7 +258,8 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
 def test_a_script_that_ends_says_how(tmp_path, last):
     code = (
         "import sys; from pathlib import Path; from meft_engine.run_log import RunLog\n"
-        f"log = RunLog(Path({str(tmp_path)!r})); log.append('start', 0); log.append('step', 7, tokens=1, seconds=1, figures={{}})\n{last}"
+        f"log = RunLog(Path({str(tmp_path)!r})); log.append('start', 0)\n"
+        f"log.append('step', 7, tokens=1, seconds=1, figures={{}})\n{last}"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert kinds(tmp_path) == ["start", "step", "end"]
