@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-ranks test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page results lint format clean
+.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-report test-ranks test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page results lint format clean
 
 venv: $(STAMP)
 
@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/python launch/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -x -q -n $(WORKERS) --dist loadscope -m "not slow and not families and not ranks and not cluster and not fault" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -x -q -n $(WORKERS) --dist loadscope -m "not slow and not families and not ranks and not cluster and not fault and not browser" $(PYTEST_ARGS)
 
 # What an adapter does, for every family of models; writes docs/families.md.
 test-families: $(STAMP)
@@ -40,6 +40,11 @@ test-families: $(STAMP)
 # What first compiles DeepSpeed's own operators, a minute each.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -x -q -m slow $(PYTEST_ARGS)
+
+# A report in a browser: light, dark, on a phone. It installs nothing; where a browser or its driver is missing it says what to
+# install: Chromium (Debian: apt-get install chromium) and the extra `browser`.
+test-report: $(STAMP)
+	$(BIN)/python -m pytest tests/browser -q -rs -m browser $(PYTEST_ARGS)
 
 # Several ranks in full: parity of all settings, faults, memory; several hosts, where the packages for them are there.
 test-ranks: $(STAMP)
@@ -68,7 +73,7 @@ test-mutants: $(STAMP)
 # The tests of the engine with every model on a device whose copies are as late as they may be; a quarter of an hour.
 test-late-device: $(STAMP)
 	$(BIN)/python -m pytest tests/integration tests/unit -x -q -n $(WORKERS) --dist loadscope --late-device \
-		-m "not slow and not families and not ranks and not cluster and not fault and not host_only" $(PYTEST_ARGS)
+		-m "not slow and not families and not ranks and not cluster and not fault and not browser and not host_only" $(PYTEST_ARGS)
 
 # The kernels and the engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
 test-gpu: $(STAMP)

@@ -22,6 +22,8 @@ from inference import native_bf16
 from rich.console import Console
 from rich.table import Table
 
+from meft_engine import run_log
+
 HERE = Path(__file__).resolve().parent
 CONSOLE = Console()
 RESULT_KEYS = ("touched_share", "kept_mass", "device_bytes", "dense_device_bytes", "host_bytes")
@@ -163,8 +165,9 @@ def main() -> None:
     started = time.monotonic()
     facts, adapter = args.output / "facts", args.output / "adapter"
     report_file = adapter / "train_report.json"
-    report_file.unlink(missing_ok=True)  # that of an earlier run must not pass for this one's
-    questions = ["--data", str(facts / "trained.jsonl"), str(facts / "second_wording.jsonl")]
+    for of_earlier_run in (report_file, adapter / run_log.FILE):
+        of_earlier_run.unlink(missing_ok=True)  # it must not pass for this one's
+    questions = ["--data", str(facts / "trained.jsonl"), str(facts / "second_wording.jsonl"), "--log", str(adapter)]
 
     model = args.model or run("1. Fetch the model", script("model_zoo.py"))
     run("2. Write the facts", script("facts.py", "--out", str(facts), "--count", str(args.facts)))
@@ -193,6 +196,7 @@ def main() -> None:
         '"The airport … is in which city?"',
     ]
     print(" ", sys.executable, *ask)
+    print(f"See how it went: {sys.executable} -m meft_engine report {adapter}")
     print(json.dumps(result_of(before, after, report)), flush=True)
 
 

@@ -2,6 +2,8 @@
 
     python launch/evaluate.py --model MODEL [--adapter FOLDER] --data questions.jsonl more_questions.jsonl
 
+With ``--log RUN`` the result is added to the log of a run, for ``meft-engine report``: as of the adapter's step, or of
+step 0 for the base model.
 The last line printed is one JSON object: ``{"questions": {"exact_match": …, "f1": …, "count": …}, …}``.
 """
 
@@ -19,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from scoring import exact_match, score
 
+from meft_engine import run_log
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; refuses data files whose results would carry the same name."""
@@ -30,11 +34,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is native")
     parser.add_argument("--predictions", type=Path, help="file to write every prompt, answer and truth to (JSON lines)")
+    parser.add_argument("--log", type=Path, metavar="RUN", help="folder of a run whose log gets the result")
     args = parser.parse_args(argv)
     stems = [Path(path).stem for path in args.data]
     if len(set(stems)) < len(stems):
         parser.error(f"--data names two files with the same stem ({', '.join(stems)}); results are listed by stem")
     return args
+
+
+def step_of(adapter: Path, run: Path) -> int:
+    """The optimizer steps behind an adapter: as the Trainer's state says that was saved with it, or the run's log."""
+    try:
+        return json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except FileNotFoundError:
+        steps = [record["step"] for record in run_log.read(run) if record["kind"] == "step"]
+        return steps[-1] if steps else 0
 
 
 def main() -> None:
@@ -57,6 +71,9 @@ def main() -> None:
         args.predictions.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         args.predictions.write_text("".join(lines), encoding="utf-8")
+    if args.log:
+        step = step_of(Path(args.adapter), args.log) if args.adapter else 0
+        run_log.append(args.log, "evaluation", step=step, model=args.model, adapter=args.adapter, results=results)
     table = Table("questions", "count", "exact match", "F1", title=f"{args.model}, {args.adapter or 'no adapter'}")
     for stem, result in results.items():
         table.add_row(stem, str(result["count"]), f"{result['exact_match']:.3f}", f"{result['f1']:.3f}")

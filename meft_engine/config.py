@@ -328,7 +328,10 @@ class MonitorConfig(_Section):
     """What is watched during a run."""
 
     interval: int = Field(10, ge=1)
-    """Optimizer steps between two readings, which go to DeepSpeed's monitors."""
+    """Optimizer steps between two readings, which go to DeepSpeed's monitors and to the run's log."""
+
+    folder: str | None = Field(None, min_length=1)
+    """Where the run's log is kept. ``null``: in the ``output_dir`` of a ``Trainer``; without a ``Trainer``, nowhere."""
 
     min_kept_mass: float = Field(0.9, ge=0.0, le=1.0)
     """Warn, once, when the cap keeps less than this share of the activation."""

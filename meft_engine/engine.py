@@ -145,7 +145,7 @@ class MeftEngine(DeepSpeedEngine):
             keep_last=saving.keep_last,
         )
         self._watch = watching.Watch(self)
-        watching.attach_to_model(self)
+        watching.attach_to_model(self, self._watch)
         trainer_logs.extend()
         describe(attached, self.row_optimizer, ranks)
 
@@ -251,6 +251,7 @@ class MeftEngine(DeepSpeedEngine):
     @_needs_block
     def destroy(self) -> None:
         """Finish the rows' updates, end their thread and give the host memory back, besides what DeepSpeed does."""
+        self._watch.finish()
         save_pretrained.uninstall(self.module)
         watching.detach_from_model(self.module)
         for hook in self._router_hooks:
@@ -316,6 +317,7 @@ class MeftEngine(DeepSpeedEngine):
             MeftConfigError: if the checkpoint is of another model or another adapter.
             FileNotFoundError: if a file is missing, ``latest`` included.
         """
+        self._watch.conclude()
         self._row_step.let_go()
         self._saver.finish()
         folder = folders.find(Path(load_dir), tag)
@@ -339,6 +341,7 @@ class MeftEngine(DeepSpeedEngine):
                 )
         engine_state.load(self, folder, resume=resume)
         self._window_micro_steps = 0
+        self._watch.restart()
         return path, client_state
 
     @_needs_block

@@ -48,7 +48,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
     rows_parameters = sum(table.handle.numel() for table in tables)
     router_parameters = sum(math.prod(full_shape(adapter.router)) for adapter in attached.adapters.values())
     reads = sum(table.updates.reads for table in tables)
-    by_kind = _device_bytes(attached)
+    on_host, by_kind = host_bytes_by_kind(attached, optimizer), device_bytes_by_kind(attached)
     return {
         "layers": len(stats),
         "rows": rows,
@@ -56,7 +56,7 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
         "base_parameters": attached.base_parameters,
         "touched_share": sum(int(s.active_rows) for s in stats) / (seen * rows) if seen else None,
         "kept_mass": (mass[1] / mass[0] if mass[0] > 0 else 1.0) if seen else None,
-        "host_bytes": sum(table.host_bytes() for table in tables) + optimizer.host_bytes(),
+        "host_bytes": sum(on_host.values()),
         "host_bytes_measured": attached.measured_bytes,
         "stale_reads": sum(table.updates.stale_reads for table in tables) / reads if reads else 0.0,
         "device_bytes": sum(by_kind.values()),
@@ -66,7 +66,13 @@ def make_report(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[st
     }
 
 
-def _device_bytes(attached: AttachedAdapters) -> dict[str, int]:
+def host_bytes_by_kind(attached: AttachedAdapters, optimizer: SparseCPUAdam) -> dict[str, int]:
+    """Allocated on the host: ``rows``, and of the optimizer ``moments`` and ``steps``."""
+    return {"rows": sum(table.host_bytes() for table in attached.tables()), **optimizer.host_bytes_by_kind()}
+
+
+def device_bytes_by_kind(attached: AttachedAdapters) -> dict[str, int]:
+    """What the compute device needs at hand, see :func:`make_report`."""
     adapters = list(attached.adapters.values())
     routers = sum(math.prod(full_shape(adapter.router)) for adapter in adapters)
     visiting = [table for a in adapters for table in (a.keys, a.values) if not table.resident]

@@ -11,6 +11,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from meft_engine.recorder import Recorder
+
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
 
@@ -84,16 +86,19 @@ class Window:
 
 
 class Watch:
-    """Reads figures every ``monitor.interval`` steps, gives them to DeepSpeed's monitors, and warns once of trouble."""
+    """Reads figures every ``monitor.interval`` steps, gives them to DeepSpeed's monitors and the run's log, and warns
+    once of trouble."""
 
     def __init__(self, engine: MeftEngine) -> None:
         self._engine, self._config = engine, engine.meft_config.monitor
         self._window, self._breakdown = Window(engine), Window(engine)
         self._warned: set[str] = set()
+        self.recorder = Recorder(engine)
 
     def after_step(self) -> None:
         """Call after every optimizer step."""
         engine = self._engine
+        self.recorder.after_step()
         per_print = engine.steps_per_print()
         if engine.wall_clock_breakdown() and per_print and engine.global_steps % per_print == 0:
             log_breakdown(self._breakdown.read())
@@ -103,7 +108,23 @@ class Watch:
         if engine.monitor.enabled and engine.global_rank == 0:
             events = [(PREFIX + name, value, engine.global_samples) for name, value in figures.items()]
             engine.monitor.write_events(events)
+        self.recorder.after_reading(figures)
         self._warn(figures)
+
+    def conclude(self) -> None:
+        """The steps since the last reading are the last before something else comes: read them too."""
+        self.recorder.conclude(self._window.read())
+
+    def restart(self) -> None:
+        """Training goes on from elsewhere."""
+        self._window, self._breakdown = Window(self._engine), Window(self._engine)
+        self.recorder.restart()
+        attach_to_model(self._engine, self)
+
+    def finish(self) -> None:
+        """Training is over."""
+        self.conclude()
+        self.recorder.finish()
 
     def _warn(self, figures: dict[str, float]) -> None:
         kept, dead = figures.get("kept_mass", 1.0), figures.get("dead_experts", 0.0)
@@ -170,16 +191,22 @@ def _device_memory(engine: MeftEngine) -> int:
     return engine.meft_report()["device_bytes"]
 
 
-def attach_to_model(engine: MeftEngine) -> None:
+def attach_to_model(engine: MeftEngine, watch: Watch) -> None:
     """Let what logs about the engine's model find the engine."""
-    vars(engine.module)["_meft_window"] = Window(engine)
+    vars(engine.module).update(_meft_window=Window(engine), _meft_watch=watch)
 
 
 def detach_from_model(model: Any) -> None:
     """Undo :func:`attach_to_model`."""
-    vars(model).pop("_meft_window", None)
+    for name in ("_meft_window", "_meft_watch"):
+        vars(model).pop(name, None)
 
 
 def window_of(model: Any) -> Window | None:
-    """Of the engine that trains a model, if one does."""
+    """Of the engine that trains a model, if one does; its readings are a Trainer's, apart from those of its watch."""
     return vars(model).get("_meft_window") if hasattr(model, "__dict__") else None
+
+
+def watch_of(model: Any) -> Watch | None:
+    """Of the engine that trains a model, if one does."""
+    return vars(model).get("_meft_watch") if hasattr(model, "__dict__") else None

@@ -271,7 +271,7 @@ class SparseAdapter(nn.Module):
         for observe in self.observers:
             observe(selection, scores * chosen.gates.gather(1, selection.slots), overflow)
         if training:
-            self.stats.count(selection.number, overflow, chosen.counts.float())
+            self.stats.count(given.x.shape[0], selection.number, overflow, chosen.counts.float())
         return selection, scores
 
     def extra_repr(self) -> str:

@@ -20,6 +20,10 @@ class RoutingStats:
     """What one adapter selected over its training micro-batches (recomputations are not counted again)."""
 
     micro_batches: int = 0
+    tokens: int = 0
+    """In all of them, without padding."""
+    most_tokens: int = 0
+    """In one of them."""
     active_rows: Tensor | int = 0
     """Added up over them; a scalar on the device where that alone knows it."""
     mass: Tensor | None = field(default=None, repr=False)
@@ -30,8 +34,10 @@ class RoutingStats:
     step_load: Tensor | None = field(default=None, repr=False)
     """[N]: the same since the last optimizer step."""
 
-    def count(self, active_rows: Tensor | int, overflow: Overflow, load: Tensor) -> None:
+    def count(self, tokens: int, active_rows: Tensor | int, overflow: Overflow, load: Tensor) -> None:
         self.micro_batches += 1
+        self.tokens += tokens
+        self.most_tokens = max(self.most_tokens, tokens)
         self.load = load.double() if self.load is None else self.load + load
         self.step_load = load if self.step_load is None else self.step_load + load
         self.active_rows = self.active_rows + active_rows

@@ -171,7 +171,7 @@ def write_text(path: Path, text: str) -> WrittenFile:
 
 def prepare_text(path: Path, text: str) -> None:
     """Bring a file to the disk under another name, after which :func:`put_text_in_place` needs no room."""
-    with path.with_name(path.name + PARTIAL).open("w") as file:
+    with path.with_name(path.name + PARTIAL).open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

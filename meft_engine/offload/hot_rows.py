@@ -117,6 +117,13 @@ class HotRows:
         """No row that is here has more steps behind it."""
         return max(half.most_steps for half in self._halves.values())
 
+    def steps_of(self, table: PartiallyOffloadedTensor) -> tuple[Tensor, Tensor]:
+        """[n] int64 and [n] int32, on the host: the rows that are here, and how many steps each has behind it.
+
+        Waits for the device.
+        """
+        return self._rows, self._halves[table].rows.step[: self._rows.numel()].cpu()
+
     # In a micro-step
 
     def touch(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -331,11 +331,16 @@ class SparseCPUAdam(torch.optim.Optimizer):
 
     def host_bytes(self) -> int:
         """Bytes of the optimizer's state on the host; of what the ranks of a node share, this rank's part."""
-        return sum(
-            table.share_of(value, shared=table.shard is None or table.shard.shares_state)
-            for table in self.tables()
-            for value in self.state[table.handle].values()
-        )
+        return sum(self.host_bytes_by_kind().values())
+
+    def host_bytes_by_kind(self) -> dict[str, int]:
+        """The same, of ``moments`` and ``steps``."""
+        found = {"moments": 0, "steps": 0}
+        for table in self.tables():
+            shared = table.shard is None or table.shard.shares_state
+            for name, value in self.state[table.handle].items():
+                found["steps" if name == "step" else "moments"] += table.share_of(value, shared)
+        return found
 
 
 def _allocate_state(

@@ -229,7 +229,9 @@ class Records(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def run_trainer(folder: Path, block: dict[str, Any], **options: Any) -> tuple[Trainer, Records]:
+def run_trainer(
+    folder: Path, block: dict[str, Any], eval_dataset: Any = None, **options: Any
+) -> tuple[Trainer, Records]:
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -242,7 +244,7 @@ def run_trainer(folder: Path, block: dict[str, Any], **options: Any) -> tuple[Tr
         args = TrainingArguments(str(folder), deepspeed=str(folder / "ds_config.json"), use_cpu=True, **settings)
         data = [{"input_ids": ids, "labels": ids} for ids in batch(1, size=16)]
         records = Records()
-        trainer = Trainer(tiny_llama(), args, train_dataset=data, callbacks=[records])
+        trainer = Trainer(tiny_llama(), args, train_dataset=data, eval_dataset=eval_dataset, callbacks=[records])
         trainer.train()
     finally:
         meft_engine.disable()

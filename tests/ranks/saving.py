@@ -19,9 +19,10 @@ from tests.ranks.cases import Case, loss_of, model, sentences
 STEPS = 4
 
 
-def run(rank: int, size: int, mode: str, what: str, checkpoint: Path) -> dict[str, Any]:
+def run(folder: Path, rank: int, size: int, mode: str, what: str, checkpoint: Path) -> dict[str, Any]:
     """``save``: train, save, train on. ``resume``: load and train on. ``inspect``: load."""
-    case = Case("saving", mode=mode, bf16=True, adapter={"center_inputs": True})
+    log = {"interval": 2, "folder": str(folder / "run")}
+    case = Case("saving", mode=mode, bf16=True, adapter={"center_inputs": True}, sections={"monitor": log})
     engine = member.start(case, rank)
     torch.manual_seed(1000 + rank)
     found: dict[str, Any] = {"losses": []}
@@ -69,7 +70,7 @@ if __name__ == "__main__":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     folder, mode, what, checkpoint = sys.argv[1:]
-    result = run(dist.get_rank(), dist.get_world_size(), mode, what, Path(checkpoint))
+    result = run(Path(folder), dist.get_rank(), dist.get_world_size(), mode, what, Path(checkpoint))
     torch.save(result, Path(folder) / f"{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

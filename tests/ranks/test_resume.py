@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from meft_engine import run_log
 from tests.integration.engines import differing
 from tests.ranks import saving
 from tests.ranks.worlds import start_world, wait_for_world
@@ -27,6 +28,21 @@ def saved(request, tmp_path_factory) -> tuple[str, Path, list[dict]]:
     folder = tmp_path_factory.mktemp(f"saved-{request.param}")
     checkpoint = folder / "checkpoint"
     return request.param, checkpoint, world(folder / "2", 2, request.param, "save", str(checkpoint))
+
+
+def test_rank_0_alone_keeps_the_log(saved):
+    mode, checkpoint, _ = saved
+    records = run_log.read(checkpoint.parent / "2" / "run")
+    # Where it goes back to the checkpoint, the log goes on in steps that follow.
+    assert [r["step"] for r in records if r["kind"] == "step"] == [2, 4, 6, 8]
+    assert [r["step"] for r in records if r["kind"] == "start"] == [0, STEPS]
+    start, memory = records[0], next(r for r in records if r["kind"] == "memory")
+    assert start["ranks"] == 2
+    planned = {kind: count / 2 for kind, count in start["planned"]["host"].items()}
+    assert memory["host"] == pytest.approx(planned, rel=0.05), "a rank's part of what its node holds"
+    layers = next(r for r in records if r["kind"] == "layers")
+    if mode == "lazy":
+        assert [sum(of_layer) for of_layer in layers["updates"]] == [60, 60], "the rows that rank 0 owns"
 
 
 def test_the_same_ranks_go_on_bit_for_bit(saved, tmp_path):

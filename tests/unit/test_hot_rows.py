@@ -127,6 +127,17 @@ def test_everything_is_as_on_the_host_bit_for_bit(most, dtype, moments, in_place
     assert device.hot.promoted - device.hot.demoted == device.hot.rows.numel() == device.hot.rows.unique().numel()
 
 
+def test_steps_are_told_while_the_rows_are_there(often):
+    device, host = Layer(9), Layer(None)
+    train([device, host], range(6))
+    for table, plain in zip(device.tables, host.tables, strict=True):
+        at_home = device.optimizer.state[table.handle]["step"]
+        expected = host.optimizer.state[plain.handle]["step"]
+        assert not torch.equal(at_home, expected), "the host's are old"
+        rows, steps = device.hot.steps_of(table)
+        assert rows.numel() == 9 and torch.equal(at_home.index_copy(0, rows, steps), expected)
+
+
 def same(device: Layer, host: Layer) -> bool:
     ours, theirs = device.state(), host.state()
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)

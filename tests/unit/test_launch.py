@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from meft_engine import run_log
 
 WORDS = ["<eos>", "<unk>", "where", "is", "zrh", "gva", "the", "airport", "zurich", "geneva", "and", "bern"]
 
@@ -55,6 +58,32 @@ def test_two_data_files_of_one_name_are_refused(capsys: pytest.CaptureFixture) -
     with pytest.raises(SystemExit):
         evaluate.parse_arguments(["--model", "m", "--data", "a/test.jsonl", "b/test.jsonl"])
     assert "same stem" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_results_go_to_the_log_of_a_run(state: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, questions = tmp_path / "run", tmp_path / "capitals.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": p, "completion": "Bern"}) + "\n" for p in ("a", "b")))
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: (None, None))
+    monkeypatch.setattr(evaluate, "greedy_answers", lambda *args: ["Bern", "Basel"])
+
+    def ask(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "m", "--data", str(questions), *arguments])
+        evaluate.main()
+
+    ask("--log", str(run))
+    for step in (10, 20):
+        run_log.append(run, "step", step=step)
+    if state:
+        (run / "checkpoint-10").mkdir()
+        (run / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10}')
+    adapter = str(run / "checkpoint-10") if state else str(tmp_path / "elsewhere")
+    ask("--adapter", adapter, "--log", str(run))
+    ask("--adapter", adapter)
+    found = [record for record in run_log.read(run) if record["kind"] == "evaluation"]
+    assert [(record["step"], record["adapter"]) for record in found] == [(0, None), (10 if state else 20, adapter)]
+    expected = {"capitals": {"exact_match": 0.5, "f1": 0.5, "count": 2}}
+    assert [record["results"] for record in found] == [expected] * 2
 
 
 # Answers

@@ -17,7 +17,7 @@ def modules_of(folder: str, installed_as: str) -> set[str]:
     return {
         f"{installed_as}/{path.relative_to(ROOT / folder).as_posix()}"
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".cpp", ".h"}
+        if path.suffix in {".py", ".cpp", ".h", ".css"}
     }
 
 
