@@ -53,6 +53,8 @@ class StopOnSignal(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave; what the Trainer does when training is done, such as loading the best checkpoint, has to wait."""
         if self._stopping:
+            for number in SIGNALS:  # a repeated one would kill Python on its way out, where handlers are gone
+                signal.signal(number, signal.SIG_IGN)
             raise StopRequested(state.global_step)
 
     def _receive(self, number: int, frame: Any) -> None:
