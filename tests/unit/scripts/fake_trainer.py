@@ -31,9 +31,7 @@ while step < steps:
         (saved / "latest").write_text(f"global_step{step}")
         (saved / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         sys.exit(75)
-(folder / "trainer_state.json").write_text(
-    json.dumps({"log_history": [{"loss": 2.0}, {"loss": 1.5}, {"eval_loss": 9}]})
-)
-(folder / "train_report.json").write_text(
-    json.dumps({"seconds_per_step": 0.1, "touched_share": 0.2, "host_bytes": 4096})
-)
+history = [{"loss": 2.0}, {"loss": 1.5}, {"eval_loss": 9}]
+report = {"seconds_per_step": 0.1, "touched_share": 0.2, "host_bytes": 4096}
+(folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+(folder / "train_report.json").write_text(json.dumps(report))
