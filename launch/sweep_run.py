@@ -34,8 +34,8 @@ STATUS, LOG, EVALUATION_LOG, REPORT = "status.json", "log.txt", "evaluate.log", 
 WAITING, RUNNING, INTERRUPTED, FINISHED, FAILED, OVER_BUDGET = (
     *("waiting", "running", "interrupted", "finished", "failed", "over budget"),
 )
-_POLL, _ASK_AGAIN, _LAST_PROCESSES = 0.2, 2.0, 90.0
-"""Seconds between two looks; between two signals; for what the launcher leaves behind to save and end."""
+_POLL, _LOOK, _ASK_AGAIN, _LAST_PROCESSES = 0.2, 5.0, 2.0, 90.0
+"""Seconds between two looks at a process; at the budget; between two signals; for what outlives the launcher."""
 _PORTS = 12000
 
 
@@ -139,7 +139,7 @@ def execute(folder: Path, resources: Resources, limits: Limits, stop: Stop, node
     with _open_log(folder, nodes) as log:
         if _wait_for_leftovers(log, former, stop):
             former = replace(former, seconds=former.spent)
-        reason = limits.exceeded(folder)
+        reason = limits.exceeded(folder) if first else None
         if first:
             now = replace(former, state=RUNNING, reason="", attempts=former.attempts + 1, since=time.time())
             now = replace(now, host=socket.gethostname(), group=0, job=nodes.job)
@@ -217,11 +217,16 @@ def _train(
     reason: list[str] = []
 
     def over_budget() -> bool:
-        found = limits.exceeded(folder)
+        found = limits.exceeded(folder) if first else None
         reason[:] = [found] if found else []
         return bool(found)
 
-    code = _wait(process, stop, over_budget)
+    def forsaken() -> bool:
+        """The first node, which other nodes wait for, has ended without them."""
+        theirs = read_status(folder)
+        return not first and theirs.job == nodes.job and theirs.state in (FAILED, OVER_BUDGET)
+
+    code = _wait(process, stop, over_budget, forsaken)
     with _open_log(folder, nodes) as mine:
         _let_end(mine, process.pid)
     launcher.remove_buffers(port)
@@ -240,17 +245,19 @@ def _ignore_user_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _wait(process: subprocess.Popen, stop: Stop, over_budget: Callable[[], bool]) -> int:
+def _wait(process: subprocess.Popen, stop: Stop, over_budget: Callable[[], bool], forsaken: Callable[[], bool]) -> int:
     """The exit code of a training; when it has to stop, its ranks are told, again and again since one may be deaf yet.
 
-    A second Ctrl-C ends it at once.
+    A second Ctrl-C ends it at once, and so does being forsaken.
     """
     asked, looked = 0.0, time.monotonic()
     stopping = False
     while process.poll() is None:
         now = time.monotonic()
-        if not stopping and now - looked > 5:
+        if not stopping and now - looked > _LOOK:
             stopping, looked = over_budget(), now
+            if forsaken():
+                _signal_group(process.pid, signal.SIGKILL)
         if (stopping or stop.received) and now - asked > _ASK_AGAIN:
             _signal_group(process.pid, signal.SIGUSR1)
             asked = now

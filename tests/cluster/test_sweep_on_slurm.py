@@ -142,3 +142,19 @@ def test_the_result_is_that_of_an_undisturbed_run(swept: Path, slurm: Slurm) -> 
             for folder in (one, other)
         ]
         assert losses[0] == losses[1]
+
+
+def test_a_run_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
+    """DeepSpeed's launcher on each of them, without ssh; the run by itself is no array."""
+    write_materials(tmp_path)
+    evaluate = {"data": str(tmp_path / "train.jsonl"), "arguments": {"max_new_tokens": 2}}
+    resources = {"gpus": 0, "nodes": 2, "slurm": {"time": 8}}
+    file = write_sweep(tmp_path / "sweep.yaml", content(tmp_path, resources=resources, evaluate=evaluate))
+    slurm.run([*SWEEP, str(file), "--output", str(tmp_path / "out"), "--slurm"], tmp_path)
+    folder = tmp_path / "out" / "000-run"
+    found = state(folder)
+    assert found["state"] == "finished" and found["evaluation"]["train"]["count"] == 24
+    # 24 examples in batches of 4 are six steps an epoch for one rank, and three for two.
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["epoch"] for entry in history if "loss" in entry][2] == pytest.approx(1.0)
+    assert "--node_rank" in (folder / "log.node1.txt").read_text()

@@ -1,4 +1,4 @@
-"""A sweep through DeepSpeed's launcher, evaluation included; and the example that the documentation shows."""
+"""A sweep through DeepSpeed's launcher, evaluation included."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tests.sweep_materials import content, write_materials, write_sweep
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow
+
 
 def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """``launch/sweep.py`` as a user starts it, in ``folder``."""
@@ -25,21 +27,6 @@ def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 
 
-def test_the_example_is_valid(tmp_path: Path) -> None:
-    for name in ("ds_configs", "launch"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "runs" / "facts").mkdir(parents=True)
-    (tmp_path / "runs" / "facts" / "trained.jsonl").write_text("{}\n")
-    done = sweep(tmp_path, "launch/sweeps/demo.yaml", "--output", "runs/sweep", "--dry_run")
-    assert done.returncode == 0, done.stderr
-    assert "6 runs; nothing was started" in done.stdout and "005-rows8192-learning_rate0.00125-seed0" in done.stdout
-    broken = (ROOT / "launch" / "sweeps" / "demo.yaml").read_text().replace("max_steps: 12", "max_stepps: 12")
-    (tmp_path / "broken.yaml").write_text(broken)
-    done = sweep(tmp_path, "broken.yaml", "--output", "runs/sweep")
-    assert done.returncode == 2 and "did you mean --max_steps?" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
 def test_two_runs_train_are_asked_and_are_compared(tmp_path: Path) -> None:
     write_materials(tmp_path)
     evaluate = {"data": str(tmp_path / "train.jsonl"), "arguments": {"max_new_tokens": 4}}

@@ -153,6 +153,23 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert not (tmp_path / "out").exists()
 
 
+def test_the_example_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    root = Path(sweep.__file__).parents[1]
+    for name in ("ds_configs", "launch"):
+        (tmp_path / name).symlink_to(root / name)
+    (tmp_path / "runs" / "facts").mkdir(parents=True)
+    (tmp_path / "runs" / "facts" / "trained.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(["launch/sweeps/demo.yaml", "--output", "runs/sweep", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "005-rows8192-learning_rate0.00125-seed0" in printed and "6 runs; nothing was started" in printed
+    broken = Path("launch/sweeps/demo.yaml").read_text().replace("max_steps: 12", "max_stepps: 12")
+    Path("broken.yaml").write_text(broken)
+    assert sweep.main(["broken.yaml", "--output", "runs/sweep"]) == 2
+    *_, told = capsys.readouterr().err.splitlines()
+    assert told.startswith("sweep.py: run rows2048") and "did you mean --max_steps?" in told
+
+
 def test_names_of_folders_need_no_quoting(tmp_path: Path) -> None:
     (run,) = runs_of(tmp_path, list=[{"arguments.title": "$(touch x); 'a' \"b\" /etc/../c é", "meft.adapter.rows": 8}])
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*-rows8", run.name) and len(run.name) <= 60

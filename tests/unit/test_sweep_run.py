@@ -122,6 +122,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(played: None, tmp_path: P
 
 
 def test_a_run_over_its_budget_saves_and_stops(played: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_run, "_LOOK", 0.3)
     folder = one_run(tmp_path, max_steps=400, pause=0.05)
     status = execute(folder, CPU, Limits(run=1.0), Stop())
     assert status.state == "over budget" and "budget.hours_per_run" in status.reason
@@ -131,6 +132,18 @@ def test_a_run_over_its_budget_saves_and_stops(played: None, tmp_path: Path, mon
     other = folder.with_name("001-other")
     sweep_plan.make_folder(sweep_plan.read_run(folder), other)
     assert "budget.hours_total" in execute(other, CPU, Limits(total=1.0), Stop()).reason
+
+
+def test_a_node_ends_when_the_first_one_has(played: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ranks that never come."""
+    monkeypatch.setattr(sweep_run, "_LOOK", 0.3)
+    folder = one_run(tmp_path, max_steps=400, pause=0.05)
+    ended = sweep_run.write_status(folder, sweep_run.Status(state="over budget", job="7"))
+    started = time.monotonic()
+    execute(folder, CPU, Limits(run=0.1), Stop(), sweep_run.Nodes(("n1", "n2"), 1, "7"))
+    assert time.monotonic() - started < 15 and read_status(folder) == ended
+    assert "step 400" not in (folder / "log.node1.txt").read_text()
+    assert (folder / "hostfile.1").read_text() == "n1 slots=1\nn2 slots=1\n"
 
 
 SWEEP_PROCESS = """
