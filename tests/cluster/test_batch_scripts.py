@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,18 +44,23 @@ def test_a_job_that_is_told_to_make_room_saves_and_goes_on(name: str, slurm: Slu
     slurm.run(submit, tmp_path)
     job, log = (tmp_path / "env.log").read_text().strip(), tmp_path / "job.out"
 
-    def until(what: str, found) -> None:
+    def printed() -> str:
+        # What several ranks print at a time may be torn, in the middle of a letter too.
+        return log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
+
+    def until(what: str, found: Callable[[], bool]) -> None:
         end = time.monotonic() + 200
         while not found():
-            assert time.monotonic() < end, f"{what}: {log.read_text()[-4000:] if log.exists() else 'no log'}"
+            assert time.monotonic() < end, f"{what}: {printed()[-4000:]}"
             time.sleep(0.2)
 
-    until("a few steps", lambda: log.exists() and log.read_text().count("'loss':") >= 3)
+    until("a few steps", lambda: printed().count("'loss':") >= 3)
     slurm.run(["scancel", "--batch", "--signal=USR1", job], tmp_path)
     until("the job to end", (run / "train_report.json").is_file)
     (checkpoint,) = run.glob("checkpoint-*")
     assert 3 <= int(checkpoint.name.partition("-")[2]) < STEPS
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))
-    assert log.read_text().count("'loss':") == STEPS, "no step was trained twice, and none was left out"
+    assert STEPS - 3 <= printed().count("'loss':") <= STEPS, "no step was trained twice"
+    assert "stopped after step" in printed()
     until("the job to leave", lambda: job not in slurm.run(["squeue", "--noheader", "--format=%i"], tmp_path).split())

@@ -52,7 +52,8 @@ def state(folder: Path) -> dict[str, Any]:
 
 def steps_logged(folder: Path) -> int:
     """Of all attempts."""
-    return (folder / "log.txt").read_text().count("'loss':") if (folder / "log.txt").is_file() else 0
+    log = folder / "log.txt"
+    return log.read_bytes().count(b"'loss':") if log.is_file() else 0
 
 
 def kill_hard(process: subprocess.Popen) -> None:
