@@ -155,8 +155,10 @@ def execute(folder: Path, resources: Resources, limits: Limits, stop: Stop, node
         try:
             if trained(folder) is None:
                 now, ended = _train(folder, run, resources, limits, stop, nodes, log, now)
-                if ended is not None or not first:
-                    return ended or now
+                if ended is not None:
+                    return ended
+            if not first:
+                return now
             if run.evaluate is not None:
                 scores = _evaluate(folder, run, resources, stop)
                 if scores is None:
