@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ ARGUMENTS = {
     **{"max_length": 24, "max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 4},
     **{"logging_steps": 1, "save_steps": 2, "report_to": "none"},
 }
+
+
+def steps_logged(log: Path) -> int:
+    """How many steps a log tells of, in the words of the Trainer or of our own lines, with ``logging_steps`` of 1.
+
+    What several ranks print at a time may be torn, in the middle of a letter too: it is read as bytes.
+    """
+    return len(re.findall(rb"'loss':|\bstep \d+/\d+ \(", log.read_bytes())) if log.is_file() else 0
 
 
 def write_model(folder: Path) -> None:

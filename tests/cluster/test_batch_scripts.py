@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.lab import ROOT, require, start_lab
 from tests.cluster.slurm import PROGRAMS, Slurm, start_slurm
-from tests.sweep_materials import ARGUMENTS, write_materials
+from tests.sweep_materials import ARGUMENTS, steps_logged, write_materials
 
 pytestmark = pytest.mark.cluster
 
@@ -45,7 +45,6 @@ def test_a_job_that_is_told_to_make_room_saves_and_goes_on(name: str, slurm: Slu
     job, log = (tmp_path / "env.log").read_text().strip(), tmp_path / "job.out"
 
     def printed() -> str:
-        # What several ranks print at a time may be torn, in the middle of a letter too.
         return log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
 
     def until(what: str, found: Callable[[], bool]) -> None:
@@ -54,13 +53,13 @@ def test_a_job_that_is_told_to_make_room_saves_and_goes_on(name: str, slurm: Slu
             assert time.monotonic() < end, f"{what}: {printed()[-4000:]}"
             time.sleep(0.2)
 
-    until("a few steps", lambda: printed().count("'loss':") >= 3)
+    until("a few steps", lambda: steps_logged(log) >= 3)
     slurm.run(["scancel", "--batch", "--signal=USR1", job], tmp_path)
     until("the job to end", (run / "train_report.json").is_file)
     (checkpoint,) = run.glob("checkpoint-*")
     assert 3 <= int(checkpoint.name.partition("-")[2]) < STEPS
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))
-    assert STEPS - 3 <= printed().count("'loss':") <= STEPS, "no step was trained twice"
+    assert STEPS - 3 <= steps_logged(log) <= STEPS, "no step was trained twice"
     assert "stopped after step" in printed()
     until("the job to leave", lambda: job not in slurm.run(["squeue", "--noheader", "--format=%i"], tmp_path).split())

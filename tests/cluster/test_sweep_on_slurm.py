@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.cluster.lab import ROOT, require, start_lab
 from tests.cluster.slurm import PROGRAMS, Slurm, start_slurm
 from tests.integration.engines import differing
-from tests.sweep_materials import content, write_materials, write_sweep
+from tests.sweep_materials import content, steps_logged, write_materials, write_sweep
 
 pytest.importorskip("submitit")
 pytestmark = pytest.mark.cluster
@@ -50,12 +50,6 @@ def state(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {"state": "waiting", "job": "", "attempts": 0}
 
 
-def steps_logged(folder: Path) -> int:
-    """Of all attempts."""
-    log = folder / "log.txt"
-    return log.read_bytes().count(b"'loss':") if log.is_file() else 0
-
-
 def kill_hard(process: subprocess.Popen) -> None:
     """It and what it entered the host with."""
     if process.poll() is None:
@@ -80,7 +74,7 @@ def swept(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sent: list[subprocess.Popen] = []
 
     def disturb(index: int, *orders: str) -> None:
-        until("a few steps", lambda: steps_logged(runs[index]) >= 3, first, log)
+        until("a few steps", lambda: steps_logged(runs[index] / "log.txt") >= 3, first, log)
         # Not waited for: scancel goes on asking until it hears of a job that has gone.
         order = [*orders, state(runs[index])["job"]]
         sent.append(slurm.login.start(order, place, place / f"{orders[0]}.log", slurm.environment))
@@ -124,7 +118,7 @@ def test_runs_that_made_room_lost_no_step(swept: Path) -> None:
         # No step was trained twice, and none was left out.
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))
-        assert steps_logged(folder) == STEPS
+        assert steps_logged(folder / "log.txt") == STEPS
 
 
 def test_the_result_is_that_of_an_undisturbed_run(swept: Path, slurm: Slurm) -> None:
