@@ -48,7 +48,7 @@ def test_a_job_that_is_told_to_make_room_saves_and_goes_on(name: str, slurm: Slu
         return log.read_bytes().decode("utf-8", "replace") if log.exists() else ""
 
     def until(what: str, found: Callable[[], bool]) -> None:
-        end = time.monotonic() + 200
+        end = time.monotonic() + 400
         while not found():
             assert time.monotonic() < end, f"{what}: {printed()[-4000:]}"
             time.sleep(0.2)

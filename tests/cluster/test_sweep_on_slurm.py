@@ -36,7 +36,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield start_slurm(lab, tmp_path_factory.mktemp("slurm"))
 
 
-def until(what: str, condition: Callable[[], Any], process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
+def until(what: str, condition: Callable[[], Any], process: subprocess.Popen, log: Path, seconds: float = 400) -> None:
     """Wait for something that has to happen while a sweep runs."""
     end = time.monotonic() + seconds
     while not condition():
@@ -90,7 +90,7 @@ def swept(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
             kill_hard(process)
     again = slurm.login.start(command, place, place / "again.log", slurm.environment)
     try:
-        assert again.wait(timeout=500) == 0, (place / "again.log").read_text()[-4000:]
+        assert again.wait(timeout=900) == 0, (place / "again.log").read_text()[-4000:]
     finally:
         kill_hard(again)
     return place
