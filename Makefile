@@ -2,7 +2,7 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
-EXTRAS      ?= launch,demo,trl,test
+EXTRAS      ?= launch,demo,sweep,trl,test
 PYTEST_ARGS ?=
 # Processes that share the tests; a module's tests stay together, since they share what is expensive to build.
 WORKERS     ?= auto
@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-report test-ranks test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page results lint format clean
+.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-report test-ranks test-slurm test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page results lint format clean
 
 venv: $(STAMP)
 
@@ -49,6 +49,10 @@ test-report: $(STAMP)
 # Several ranks in full: parity of all settings, faults, memory; several hosts, where the packages for them are there.
 test-ranks: $(STAMP)
 	$(BIN)/python -m pytest tests/ranks tests/cluster -q -m "ranks or cluster" $(PYTEST_ARGS)
+
+# Sweeps on a Slurm that the tests start over two hosts and stop: preemption, requeues, a killed sweep (five minutes; root).
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest tests/cluster/test_sweep_on_slurm.py tests/cluster/test_batch_scripts.py -q -rs -m cluster $(PYTEST_ARGS)
 
 # Saves that are killed at every phase, on disks that are full; as root, who may mount small ones.
 test-fault: $(STAMP)

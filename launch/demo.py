@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,14 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import launcher
 import torch
+from data import DataError
 from inference import native_bf16
+from launcher import HERE, deepspeed_command, free_port, remove_buffers, script
 from rich.console import Console
 from rich.table import Table
 
 from meft_engine import run_log
 
-HERE = Path(__file__).resolve().parent
 CONSOLE = Console()
 RESULT_KEYS = ("touched_share", "kept_mass", "device_bytes", "dense_device_bytes", "host_bytes")
 
@@ -34,15 +34,10 @@ class StepFailed(RuntimeError):
 
 
 def environment() -> dict[str, str]:
-    """What the sub-processes need: the compiler tools of this Python's folder, and the CPU where there is no GPU."""
-    tools = str(Path(sys.executable).parent)
-    values = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+    """What the sub-processes need: the CPU where there is no GPU, and no hub, since the model is on disk."""
+    values = launcher.environment(cpu=not torch.cuda.is_available())
     values.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    values.setdefault("TOKENIZERS_PARALLELISM", "false")
-    values["PYTHONUNBUFFERED"] = "1"
-    values["HF_HUB_OFFLINE"] = "1"  # the model is on disk: nothing is looked up on a hub
-    if not torch.cuda.is_available():
-        values["DS_ACCELERATOR"] = "cpu"
+    values["HF_HUB_OFFLINE"] = "1"
     return values
 
 
@@ -63,17 +58,9 @@ def run(title: str, command: list[str]) -> str:
     return last
 
 
-def script(name: str, *arguments: str) -> list[str]:
-    """The command that runs a script of this folder."""
-    return [sys.executable, str(HERE / name), *arguments]
-
-
 def training_command(model: str, facts: Path, adapter: Path, port: int, args: argparse.Namespace) -> list[str]:
     """``deepspeed launch/finetune.py …`` for one process on this machine."""
-    launcher = Path(sys.executable).parent / "deepspeed"
-    if not launcher.is_file():
-        raise StepFailed(f"{launcher} does not exist; install deepspeed into the environment of {sys.executable}")
-    command = [str(launcher), "--num_accelerators", "1", "--master_port", str(port), str(HERE / "finetune.py")]
+    command = deepspeed_command("--num_accelerators", "1", "--master_port", str(port), str(HERE / "finetune.py"))
     options = {
         "model_name_or_path": model,
         "train_file": facts / "train.jsonl",
@@ -138,12 +125,6 @@ def show(before: Mapping[str, Any], after: Mapping[str, Any], report: Mapping[st
     CONSOLE.print(table)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are what `make demo` runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -172,13 +153,11 @@ def main() -> None:
     model = args.model or run("1. Fetch the model", script("model_zoo.py"))
     run("2. Write the facts", script("facts.py", "--out", str(facts), "--count", str(args.facts)))
     before = run("3. Ask the base model", script("evaluate.py", "--model", model, *questions))
-    port = _free_port()
+    port = free_port()
     try:
         run("4. Train the adapter", training_command(model, facts, adapter, port, args))
     finally:
-        # DeepSpeed leaves its communication buffers, 69 MB of memory, behind under the port's name.
-        for left_over in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            left_over.unlink(missing_ok=True)
+        remove_buffers(port)
     answers = ["--adapter", str(adapter), "--predictions", str(args.output / "answers.jsonl")]
     after = run("5. Ask again", script("evaluate.py", "--model", model, *answers, *questions))
 
@@ -203,5 +182,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except StepFailed as error:
+    except (StepFailed, DataError) as error:
         sys.exit(str(error))

@@ -25,7 +25,9 @@ from finetune_arguments import DataArguments, ModelArguments, Parser
 from formats import Encoder, detect
 from lengths import measure, table
 from progress import Progress
+from resuming import newest_whole
 from rich.console import Console
+from stopping import EXIT_CODE, StopOnSignal, StopRequested
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -66,11 +68,16 @@ class StepTimer(TrainerCallback):
 def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
     """The folder to resume from: the one that was asked for, or the newest of ``output_dir`` for ``True``.
 
+    ``auto`` is the newest whole checkpoint if there is one, and else the start: for jobs that are started again.
+
     Raises:
         DataError: when there is no such checkpoint. Training from the start in its place would go unnoticed.
     """
     if asked is None or asked.lower() == "false":
         return None
+    if asked.lower() == "auto":
+        whole = newest_whole(output_dir)
+        return None if whole is None else str(whole)
     folder = (get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None) if asked == "True" else asked
     if folder is None or not Path(folder, "trainer_state.json").is_file():
         raise DataError(
@@ -191,10 +198,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         eval_dataset=data.get("eval"),
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[timer],
+        callbacks=[timer, StopOnSignal()],
     )
     progress.replace_in(trainer)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except StopRequested:
+        trainer.model_wrapped.destroy()  # waits for a save in the background
+        leave_group()
+        raise
     if "eval" in data:
         trainer.evaluate()
     trainer.save_model()
@@ -203,8 +215,13 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     if trainer.is_world_process_zero():
         Path(args.output_dir, REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         progress.end(summary(report), report)
+    leave_group()
+
+
+def leave_group() -> None:
+    """Take leave of the other ranks; otherwise one may abort on its way out."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # otherwise a rank may abort on its way out
+        torch.distributed.destroy_process_group()
 
 
 def main() -> None:
@@ -216,6 +233,9 @@ def main() -> None:
         run(model_args, data_args, args)
     except (DataError, meft_engine.MeftConfigError) as error:
         sys.exit(f"finetune.py: {error}")
+    except StopRequested as request:
+        print(f"finetune.py: {request}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 if __name__ == "__main__":

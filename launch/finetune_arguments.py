@@ -24,7 +24,7 @@ _COMMON = {
     "gradient_checkpointing": "trade time for memory",
     "eval_strategy": "no, steps or epoch",
     "save_strategy": "no, steps, epoch or best",
-    "resume_from_checkpoint": "a folder, or True for the newest one",
+    "resume_from_checkpoint": "a folder, True: the newest one, auto: the newest whole one, if any",
     "report_to": "tensorboard, wandb, …",
 }
 

@@ -14,12 +14,13 @@ PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "sinfo", "scontrol", "munge
 CPUS = 4
 """Of each node, whatever this machine has."""
 
+# A job that is queued again starts when its former credential has expired, after two minutes if nothing is said.
 _CONFIG = """
 ClusterName=lab
 SlurmctldHost={first}({address})
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={socket}
+AuthInfo=socket={socket},cred_expire=8
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -36,6 +37,7 @@ SlurmdParameters=config_overrides
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+JobRequeue=1
 """
 
 # The key may be read by nobody but the daemon's user.

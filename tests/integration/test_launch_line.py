@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import meft_engine
-from tests.families import tiny_block, tiny_llama
+from tests.families import tiny_block
 from tests.integration.engines import differing, largest_difference
 from tests.integration.processes import SCRIPTS, start_jobs, wait_for
+from tests.sweep_materials import write_model
 
 pytest.importorskip("trl")
 
@@ -83,19 +83,6 @@ PLAIN = [
 WITHOUT_BLOCK = [
     finetune("finetune json", "none", progress="json", max_steps=2, eval_share=0.2, eval_strategy="steps", eval_steps=1)
 ]
-
-
-def write_model(folder: Path) -> None:
-    """A tiny Llama, and a tokenizer that knows single characters."""
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *map(chr, range(33, 123))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
-    )
-    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    tiny_llama().save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
