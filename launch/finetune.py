@@ -207,6 +207,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         trainer.model_wrapped.destroy()  # waits for a save in the background
         leave_group()
         raise
+    finally:
+        progress.close()
     if "eval" in data:
         trainer.evaluate()
     trainer.save_model()

@@ -146,6 +146,10 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the terminal to others."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal to others, however training has ended."""
         self.view.close()
 
     def _left(self, state: Any) -> float:
