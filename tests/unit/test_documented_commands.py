@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import configparser
 import importlib.util
 import re
 import shlex
@@ -30,6 +30,10 @@ ELSEWHERE = {
     "srun": ("of Slurm, which the tests start themselves", "tests/cluster/test_slurm.py"),
     "sbatch": ("of Slurm, which the tests start themselves", "tests/cluster/test_slurm.py"),
     "mpirun": ("of Open MPI", "tests/cluster/test_open_mpi.py"),
+    "kubectl": (
+        "of Kubernetes, for a manifest that its schema allows",
+        "tests/unit/test_jobset.py",
+    ),
     "accelerate": (
         "runs a script through meft_engine.run as DeepSpeed's launcher does",
         "tests/unit/test_launchers.py",
@@ -69,6 +73,11 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises for a command that could not be run as it stands."""
     command = re.sub(r"(?<=\s)…(?=\s|$)", "", command)  # and so on
+    first, pipe, after = command.partition(" | ")
+    if pipe:
+        check(first, monkeypatch)
+        check(after, monkeypatch)
+        return
     words = shlex.split(command, comments=True)
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
@@ -82,6 +91,8 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_make(arguments, monkeypatch)
     elif program == "python":
         check_python(arguments, monkeypatch)
+    elif program == "pip":
+        check_pip(arguments)
     elif program == "deepspeed":
         check_deepspeed(arguments, monkeypatch)
     elif program == "meft-engine":
@@ -108,6 +119,16 @@ def check_make(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         check_python([script[1], *shlex.split(settings["BENCH_ARGS"])], monkeypatch)
 
 
+def check_pip(arguments: list[str]) -> None:
+    """It installs this project, with extras that there are."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert arguments[0] == "install"
+    project = re.fullmatch(r"(?:meft-engine|\.)(?:\[([\w,]+)\])?", arguments[-1])
+    assert project, f"{arguments[-1]} is not this project"
+    assert set((project[1] or "").split(",")) - {""} <= set(setup["options.extras_require"])
+
+
 def check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A script of ours with options that it takes, or a module that is there."""
     if arguments[0] == "-m":
@@ -125,6 +146,7 @@ def check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if path.name == "finetune.py":
         check_finetune(options)
         return
+    monkeypatch.syspath_prepend(path.parent)
     module = importlib.import_module(path.stem)
     monkeypatch.setattr(sys, "argv", [str(path), *options])
     with pytest.raises(_Parsed):
@@ -174,6 +196,8 @@ def test_it_could_be_run_as_it_stands(place: str, command: str, monkeypatch: pyt
         "deepspeed launch/finetune.py --model_name_or_path m --output_dir x --deepspeed ds_configs/meft_24gb.json",
         "deepspeed launch/finetune.py --model_name_or_path m --train_file f --output_dir x --nothing 3",
         "meft-engine nothing",
+        "pip install 'meft-engine[nothing]'",
+        "make test | nothing",
         "nothing --at all",
     ],
 )
