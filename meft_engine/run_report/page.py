@@ -206,7 +206,8 @@ def _tiles(run: Run) -> str:
         seconds = sum(charts.phase_seconds(run).values())
         typical = run.report.get("seconds_per_step")
         if seconds or typical:
-            more = f"{words.duration(run.seconds)}, {run.last_step:,} steps"
+            kind = "median" if typical else "mean"
+            more = f"{kind}; {run.last_step:,} steps took {words.duration(run.seconds)}"
             tile("a step takes", cell(typical or seconds, words.duration), more)
     if run.start:
         start = run.start

@@ -41,7 +41,7 @@ def runs_table(runs: Sequence[Run], now: float) -> str:
         ("loss", lambda run: run.last("loss"), words.plain),
         *(
             (
-                f"exact match, {name.replace('_', ' ')}",
+                f"exact match: {name.replace('_', ' ')}",
                 lambda run, name=name: next(
                     (r["exact_match"] for r in reversed(run.scores().get(name, {}).values())), None
                 ),

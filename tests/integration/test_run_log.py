@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import log_cost
 import pytest
 import torch
 
@@ -164,6 +165,12 @@ def test_a_loss_that_is_not_finite_is_written_as_json_can(tmp_path):
 
     assert json.loads(line, parse_constant=refuse)["figures"]["loss"] == "inf"
     assert math.isinf(run_log.number("inf")) and math.isnan(run_log.number(None))
+
+
+def test_what_it_costs_can_be_measured(capsys):
+    found = log_cost.main(["--layers", "2", "--rows", "40", "--num_experts", "10"])
+    assert found["a closer look"] > 0 and found["a step of training"] > 0
+    assert "a closer look: " in capsys.readouterr().out
 
 
 # --- where it is written, and by whom

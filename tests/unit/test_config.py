@@ -31,7 +31,7 @@ DESIGNED = json.loads("""{
                  "max_staleness": 0, "num_threads": null, "worker_timeout": 10.0 },
   "communication": { "dtype": "fp32", "timeout": 300.0 },
   "checkpoint": { "async_save": false, "snapshot_bytes": null, "save_base": false, "keep_last": null },
-  "monitor": { "interval": 10, "min_kept_mass": 0.9, "max_dead_experts": 0.5 }
+  "monitor": { "interval": 10, "folder": null, "min_kept_mass": 0.9, "max_dead_experts": 0.5 }
 }""")
 
 
