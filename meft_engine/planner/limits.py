@@ -127,7 +127,7 @@ def require_device_memory(needed: dict[str, int], config: MeftConfig, layers: in
     """Refuse what cannot fit on the device whatever a micro-batch holds.
 
     Args:
-        needed: bytes that are yet to be allocated there, by kind.
+        needed: bytes that are yet to be allocated there, by kind, with a micro-batch of one token.
 
     Raises:
         MeftConfigError: with the bytes needed, by kind, and the bytes available.

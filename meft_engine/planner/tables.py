@@ -10,8 +10,6 @@ from rich.table import Table
 from meft_engine.planner.limits import GIB
 from meft_engine.planner.plan import Plan
 
-_GB = 10**9
-
 
 def show(plan: Plan, console: Console | None = None) -> None:
     """Print what it says, what does not fit last."""
@@ -60,14 +58,14 @@ def show(plan: Plan, console: Console | None = None) -> None:
 
 
 def _bytes(console: Console, title: str, kinds: Mapping[str, int], note: str, *, left_out: str = "") -> None:
-    table = Table(title, "GB" if max(kinds.values(), default=0) >= _GB // 10 else "MB")
-    small = table.columns[1].header == "MB"
+    small = max(kinds.values(), default=0) < GIB // 10
+    table, unit = Table(title, "MiB" if small else "GiB"), 1 << 20 if small else GIB
     for kind, count in kinds.items():
         if count:
             besides = " (besides)" if kind == left_out else ""
-            table.add_row(kind.replace("_", " ") + besides, f"{count / (10**6 if small else _GB):,.2f}")
+            table.add_row(kind.replace("_", " ") + besides, f"{count / unit:,.2f}")
     whole = sum(count for kind, count in kinds.items() if kind != left_out)
-    table.add_row("[bold]in all", f"[bold]{whole / (10**6 if small else _GB):,.2f}")
+    table.add_row("[bold]in all", f"[bold]{whole / unit:,.2f}")
     console.print(table)
     if note:
         console.print(note)
