@@ -17,6 +17,7 @@ from meft_engine.config import MeftConfigError
 if TYPE_CHECKING:
     from meft_engine.planner.fit import Fitted
     from meft_engine.planner.plan import Plan
+    from meft_engine.planner.settings import RunSettings
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 _SPEEDS = {
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from meft_engine.planner.settings import read_json
 
     config = read_json(arguments.config)
+    _settings(config, arguments, arguments.gradient_checkpointing, batch_size=arguments.batch_size)
     plan_of = _planner(arguments)
     plan = plan_of(config, arguments.gradient_checkpointing)
     fitted = None
@@ -105,7 +107,6 @@ def _planner(arguments: argparse.Namespace) -> Any:
     from meft_engine.planner.limits import Limit
     from meft_engine.planner.measure import find_speeds
     from meft_engine.planner.plan import Planner, choose_device
-    from meft_engine.planner.settings import read_settings
 
     asked = {name: getattr(arguments, name) for name in ("host_memory", "device_memory")}
     if arguments.fit is not None:
@@ -116,15 +117,10 @@ def _planner(arguments: argparse.Namespace) -> Any:
     speeds: dict[Any, Any] = {}
 
     def plan_of(config: Mapping[str, Any], gradient_checkpointing: bool) -> Plan:
-        run = read_settings(
-            config,
-            gpus=arguments.gpus,
-            nodes=arguments.nodes,
-            sequence_length=arguments.sequence_length,
-            batch_size=arguments.batch_size if "auto" in _batch_of(config) else None,
-            dtype=arguments.dtype,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        # A number that has been put in the place of "auto" stays.
+        is_open = config.get("train_micro_batch_size_per_gpu", "auto") == "auto"
+        batch_size = arguments.batch_size if is_open else None
+        run = _settings(config, arguments, gradient_checkpointing, batch_size=batch_size)
         if not arguments.no_time and run.base_dtype not in speeds:
             trace = planner.trace(run)
             given = {name: getattr(arguments, name) for name in _SPEEDS}
@@ -144,9 +140,20 @@ def _planner(arguments: argparse.Namespace) -> Any:
     return plan_of
 
 
-def _batch_of(config: Mapping[str, Any]) -> str:
-    """``auto`` where ``--batch_size`` decides; a number that ``fit`` has put in its place stays."""
-    return str(config.get("train_micro_batch_size_per_gpu", "auto"))
+def _settings(
+    config: Mapping[str, Any], arguments: argparse.Namespace, gradient_checkpointing: bool, *, batch_size: int | None
+) -> RunSettings:
+    from meft_engine.planner.settings import read_settings
+
+    return read_settings(
+        config,
+        gpus=arguments.gpus,
+        nodes=arguments.nodes,
+        sequence_length=arguments.sequence_length,
+        batch_size=batch_size,
+        dtype=arguments.dtype,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def _calm() -> None:

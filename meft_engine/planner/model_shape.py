@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def imagined(
     named = isinstance(name_or_path, (str, Path))
     config = read_config(name_or_path, trust_remote_code=trust_remote_code) if named else name_or_path
     family = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    # What goes wrong in there is said by whoever asked, not in pages of log.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
             model = family.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)

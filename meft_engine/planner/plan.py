@@ -172,21 +172,28 @@ class Planner:
         frozen = run.block.adapter.freeze_base
         key = (run.micro_batch, run.sequence_length, run.base_dtype, run.gradient_checkpointing, frozen)
         if key not in self._traces:
-            try:
-                with imagined(self._config, dtype=run.base_dtype, trust_remote_code=self._trust) as model:
-                    self._traces[key] = trace_base(
-                        model,
-                        run.micro_batch,
-                        run.sequence_length,
-                        gradient_checkpointing=run.gradient_checkpointing,
-                        frozen=frozen,
-                    )
-            except MeftConfigError:
-                raise
-            except Exception as error:  # models raise what they like where shapes depend on values
-                self.failed_trace = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-                self._traces[key] = None
+            self._traces[key] = self._traced(run, run.base_dtype)
+            if self._traces[key] is None and run.base_dtype == torch.float32:
+                # Some operators of models with experts are described to PyTorch in 16 bits alone.
+                half = self._traced(run, torch.bfloat16)
+                self._traces[key] = half.twice_as_wide() if half is not None else None
         return self._traces[key]
+
+    def _traced(self, run: RunSettings, dtype: torch.dtype) -> BaseTrace | None:
+        try:
+            with imagined(self._config, dtype=dtype, trust_remote_code=self._trust) as model:
+                return trace_base(
+                    model,
+                    run.micro_batch,
+                    run.sequence_length,
+                    gradient_checkpointing=run.gradient_checkpointing,
+                    frozen=run.block.adapter.freeze_base,
+                )
+        except MeftConfigError:
+            raise
+        except Exception as error:  # models raise what they like where shapes depend on values
+            self.failed_trace = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+            return None
 
     def plan(
         self,
@@ -252,7 +259,10 @@ class Planner:
                 named |= {"device_gbps": "GB/s on the device", "pcie_gbps": "GB/s across the bus"}
             if run.nodes > 1:
                 named["network_gbps"] = "GB/s out of a node"
-            said += [f"{getattr(speeds, name):.3g} {unit} ({speeds.sources[name]})" for name, unit in named.items()]
+            said += [
+                f"{getattr(speeds, name):.3g} {unit} ({speeds.sources.get(name, 'given')})"
+                for name, unit in named.items()
+            ]
             said.append("passes of the adapter take as long over their floor as in benchmarks/results/step_profile.csv")
         return tuple(said)
 

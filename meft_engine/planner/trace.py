@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ class BaseTrace:
     products: tuple[tuple[int, int, int, int], ...]
     """Products of [m, k] by [k, n], and how many of each: (m, k, n, count); by most operations first."""
 
+    def twice_as_wide(self) -> BaseTrace:
+        """Of the same model with twice as many bytes in every number."""
+        return replace(self, kept=2 * self.kept, peak=2 * self.peak, moved=2 * self.moved)
+
 
 def trace_base(
     model: nn.Module,
@@ -52,7 +56,7 @@ def trace_base(
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == vocabulary]
     hooks = [m.register_forward_hook(lambda *args: args[-1].requires_grad_()) for m in embeddings]
     weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
-    watch, flops = _Watch(weights), FlopCounterMode(display=False)
+    watch, flops = _Watch(weights), FlopCounterMode(display=False, custom_mapping=_more_flops())
     try:
         with flops, watch:
             ids = torch.ones(sequences, length, dtype=torch.int64)
@@ -71,6 +75,31 @@ def trace_base(
         moved=watch.moved,
         products=tuple((*shape, count) for shape, count in products),
     )
+
+
+def _grouped_product(first: torch.Size, second: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of [m, k] by [experts, k, n], of which each row meets one expert."""
+    return 2 * first[-2] * first[-1] * second[-1]
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Of a forward: scores, and their sum of values."""
+    return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
+
+
+def _attention_backward(grad: torch.Size, *of_forward: Any, **__: Any) -> int:
+    """Of its backward, which computes the scores again: five products for the forward's two."""
+    return _attention(*of_forward) * 5 // 2
+
+
+def _more_flops() -> dict[Any, Any]:
+    """Of operators that PyTorch does not count."""
+    names = {
+        "_grouped_mm": _grouped_product,
+        "_scaled_dot_product_flash_attention_for_cpu": _attention,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    }
+    return {getattr(torch.ops.aten, name): count for name, count in names.items() if hasattr(torch.ops.aten, name)}
 
 
 class _Watch(TorchDispatchMode):
@@ -93,6 +122,8 @@ class _Watch(TorchDispatchMode):
             first, second = given[-2:]
             batch = first.shape[0] if first.dim() == 3 else 1
             self.products[(first.shape[-2], first.shape[-1], second.shape[-1])] += batch
+        elif name == "_grouped_mm":
+            self.products[(given[0].shape[-2], given[0].shape[-1], given[1].shape[-1])] += 1
         elif func.namespace == "aten":
             sources = {id(t.untyped_storage()) for t in given}
             view = all(id(t.untyped_storage()) in sources for t in made) and not func._schema.is_mutable
