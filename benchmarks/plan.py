@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from machine import describe
 from rich.console import Console
@@ -246,4 +247,6 @@ def show(found: Sequence[Compared]) -> None:
 
 
 if __name__ == "__main__":
+    if psutil.cpu_percent(interval=0.5) > 20:
+        print("WARNING: other work keeps the cores busy; seconds are not to be trusted", file=sys.stderr)
     main()

@@ -247,9 +247,9 @@ def memory() -> Iterator[Finding]:
     """What a process may take, and pin."""
     import psutil
 
-    from meft_engine.planner.limits import host_limit
+    from meft_engine.planner import limits
 
-    limit, machine = host_limit(), psutil.virtual_memory()
+    limit, machine = limits.host_limit(), psutil.virtual_memory()
     text = f"{limit}, of {machine.total / GIB:.1f} GiB in the machine"
     yield Finding("host memory", OK if not limit.source else WARNING, text, _raise_limit(limit.source))
     if not _has_gpu() or sys.platform == "win32":
@@ -368,13 +368,14 @@ def _lines(command: list[str]) -> list[str]:
 
 def _show(findings: list[Finding], report: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     colours = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
     table = Table("", "", "found", box=None, pad_edge=False)
     for finding in findings:
         found = finding.found + (f"\n{finding.remedy}" if finding.remedy else "")
-        table.add_row(f"[{colours[finding.state]}]{finding.state}[/]", finding.topic, found)
+        table.add_row(f"[{colours[finding.state]}]{finding.state}[/]", escape(finding.topic), escape(found))
     console = Console(highlight=False)
     console.print(table)
     console.print("\n[bold]ds_report says:")

@@ -20,9 +20,9 @@ from meft_engine.planner.rows import (
 from meft_engine.planner.settings import RunSettings
 from meft_engine.planner.trace import BaseTrace
 
-PROCESS_BYTES = {"cpu": 500 << 20, "cuda": 2 << 30}
-"""Resident memory of a rank before there is a model: Python with torch, transformers and DeepSpeed; measured on a CPU
-(``benchmarks/plan.py``), assumed where CUDA's libraries come on top."""
+PROCESS_BYTES = {"cpu": 525 << 20, "cuda": 2 << 30}
+"""Resident memory of a rank without a model: Python with torch, transformers, DeepSpeed and a tokenizer; measured on a
+CPU, assumed where CUDA's libraries come on top."""
 CONTEXT_BYTES = 600 << 20
 """Device memory of a CUDA context and the workspaces of cuBLAS; assumed."""
 
@@ -46,10 +46,10 @@ def adapter_activations(run: RunSettings, model: ModelShape) -> int:
     return len(widths) * of_layer + inputs
 
 
-def activations(run: RunSettings, model: ModelShape, trace: BaseTrace | None) -> int:
+def activations(run: RunSettings, model: ModelShape, trace: BaseTrace | None, *, device: str) -> int:
     """Bytes at the worst moment of a micro-batch's forward and backward, besides weights."""
     if trace is not None:
-        base = trace.peak
+        base = trace.heap_peak if device == "cpu" else trace.peak
     else:
         wide = run.base_dtype.itemsize / 2
         found = checkpointed_bytes if run.gradient_checkpointing else lambda *a: base_bytes_needed(*a)["activations"]
@@ -90,7 +90,7 @@ def host_bytes(
     weights = model.parameters * run.base_dtype.itemsize
     if device == "cpu":
         found["base"] = ranks * (weights // run.ranks if run.stage == 3 else weights)
-        found["activations"] = ranks * activations(run, model, trace)
+        found["activations"] = ranks * activations(run, model, trace, device=device)
     else:
         found["base"] = ranks * (weights // run.ranks) if run.offload_param else 0
         found["staging"] = ranks * _staging(run, max(widths, default=model.width))
@@ -109,7 +109,8 @@ def trained_parameters(run: RunSettings, model: ModelShape) -> int:
 
 
 def _gradients(run: RunSettings, width: int, share: float | None) -> int:
-    """Of keys and values of a layer on the host: what the last micro-batch left, and their sum where there are more."""
+    """Of keys and values of a layer on the host: what a micro-batch has left; where there are more, what the next one
+    leaves besides, and the sum. Memory of the former is kept for the next step."""
 
     def pages(rows: float) -> int:
         return -(-int(rows * width * 4) // _PAGE) * _PAGE
@@ -118,7 +119,7 @@ def _gradients(run: RunSettings, width: int, share: float | None) -> int:
     if run.accumulation == 1:
         return 2 * pages(one)
     whole = touched_rows(run.block, run.tokens, share=share, micro_batches=run.accumulation)
-    return 2 * (pages(one) + int(whole * width * 4) + run.block.adapter.rows * 8)
+    return 2 * (2 * pages(one) + int(whole * width * 4) + run.block.adapter.rows * 8)
 
 
 def _staging(run: RunSettings, width: int) -> int:
@@ -158,6 +159,8 @@ def device_bytes(run: RunSettings, model: ModelShape, trace: BaseTrace | None) -
     size = run.base_dtype.itemsize
     weights = model.parameters * size
     found = {"base": weights}
+    if block.optimizer.mode == "dense_equivalent":
+        adapter["brought"] = most_active_rows(block, run.tokens) * max(widths) * 4  # one layer's values at a time
     if run.stage == 3:
         live = min(model.parameters, max(run.most_live, model.largest_module)) * size
         found = {"base": 0 if run.offload_param else weights // run.ranks, "gathered": live}
@@ -169,7 +172,7 @@ def device_bytes(run: RunSettings, model: ModelShape, trace: BaseTrace | None) -
     return {
         **found,
         **adapter,
-        "activations": activations(run, model, trace),
+        "activations": activations(run, model, trace, device="cuda"),
         "zero_buckets": run.bucket_bytes,
         "context": CONTEXT_BYTES,
     }

@@ -16,6 +16,9 @@ from meft_engine.planner.trace import BaseTrace
 PASS_OVER_FLOOR = {"route": 2.6, "combine": 4.0, "row_gradients": 3.2, "update": 0.7, "backward": 1.0}
 """What passes take, over what their bytes and operations would take, in C++ on a CPU
 (``benchmarks/results/step_profile.csv``). Updates stream faster than torch's copy."""
+CATCH_UP_OVER_FLOOR = 6.0
+"""The same of values that are brought to date for each reader, in the mode "dense_equivalent"
+(``benchmarks/results/plan.csv``): each has steps of its own to make up for, in powers of the betas."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class StepTime:
     """Seconds of a step."""
 
     parts: dict[str, float]
-    """``base_forward``, ``base_backward``, ``adapter``, ``update``, ``pcie``, ``network``."""
+    """``base_forward``, ``base_backward``, ``adapter``, ``catch_up``, ``update``, ``pcie``, ``network``."""
     hidden: float
     """Of these, what runs beside something longer."""
 
@@ -45,6 +48,8 @@ def bus_bytes(run: RunSettings, model: ModelShape, share: float | None) -> dict[
     window = touched_rows(block, run.tokens, share=share, micro_batches=run.accumulation)
     kept = layers_with_slots(block, layers, width, run.tokens, compute_dtype=run.compute_dtype)
     # Slots hold as many rows as a micro-batch can activate.
+    if block.optimizer.mode == "dense_equivalent":
+        kept, size = 0, 4  # brought to date, and in fp32
     fresh = window if window <= most_active_rows(block, run.tokens) else run.accumulation * one
     visits = kept * fresh + (layers - kept) * 2 * run.accumulation * one
     tables = 1 if block.offload.keys == "device" else 2
@@ -131,6 +136,11 @@ def step_time(
     found["adapter"] = gas * sum(
         PASS_OVER_FLOOR[part.phase] * part.floor(speeds) for part in of(1) if part.phase != "update"
     )
+    if block.optimizer.mode == "dense_equivalent":
+        # Master and moments are read and the current value written, in the forward and in the backward.
+        line = max(widths) * (8 + 2 * shape["moment"])
+        brought = 2 * gas * len(widths) * touched_rows(block, run.tokens, share=share)
+        found["catch_up"] = CATCH_UP_OVER_FLOOR * brought * line / (speeds.host_gbps * 1e9)
     update = next(part for part in of(gas) if part.phase == "update")
     host = update.moved / (speeds.host_gbps * 1e9)
     found["update"] = PASS_OVER_FLOOR["update"] * host / (run.nodes if block.optimizer.mode == "lazy" else 1)

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+_LARGE = 32 << 20
+
 
 @dataclass(frozen=True)
 class BaseTrace:
@@ -22,6 +24,9 @@ class BaseTrace:
     """Bytes that the forward leaves for the backward, logits included."""
     peak: int
     """Bytes at the worst moment of both, without weights."""
+    heap_peak: int
+    """Bytes that glibc's allocator holds at the worst moment on a CPU: blocks of less than 32 MiB stay with the process
+    once they have been used (``M_MMAP_THRESHOLD``), larger ones come and go. So it is the worst moment of either."""
     forward_flops: int
     backward_flops: int
     moved: int
@@ -31,7 +36,8 @@ class BaseTrace:
 
     def twice_as_wide(self) -> BaseTrace:
         """Of the same model with twice as many bytes in every number."""
-        return replace(self, kept=2 * self.kept, peak=2 * self.peak, moved=2 * self.moved)
+        wide = {name: 2 * getattr(self, name) for name in ("kept", "peak", "heap_peak", "moved")}
+        return replace(self, **wide)
 
 
 def trace_base(
@@ -70,6 +76,7 @@ def trace_base(
     return BaseTrace(
         kept=kept,
         peak=watch.peak,
+        heap_peak=sum(watch.peak_of.values()),
         forward_flops=forward,
         backward_flops=flops.get_total_flops() - forward,
         moved=watch.moved,
@@ -109,6 +116,8 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.moved = 0
         self.products: Counter[tuple[int, int, int]] = Counter()
+        # By whether blocks are large.
+        self.live_of, self.peak_of = {False: 0, True: 0}, {False: 0, True: 0}
         self._weights = weights
         self._seen: dict[int, weakref.ref] = {}
 
@@ -136,15 +145,18 @@ class _Watch(TorchDispatchMode):
         number = id(storage)
         if number in self._seen or number in self._weights:
             return
-        size = storage.nbytes()
+        size, large = storage.nbytes(), storage.nbytes() >= _LARGE
 
         def gone(_: Any) -> None:
             self._seen.pop(number, None)
             self.live -= size
+            self.live_of[large] -= size
 
         self._seen[number] = weakref.ref(storage, gone)
         self.live += size
+        self.live_of[large] += size
         self.peak = max(self.peak, self.live)
+        self.peak_of[large] = max(self.peak_of[large], self.live_of[large])
 
 
 def _moved(name: str, given: list[Tensor], made: list[Tensor]) -> list[Tensor]:
