@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-report test-ranks test-slurm test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed quality-page results lint format clean
+.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-report test-ranks test-slurm test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed bench-plan quality-page results lint format clean
 
 venv: $(STAMP)
 
@@ -116,6 +116,10 @@ bench-checkpoints: $(BENCH_STAMP)
 # A training step beside the frozen base, a dense adapter under ZeRO-Offload and LoRA; half an hour, 22 GB of memory.
 bench-speed: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
+
+# What `meft-engine plan` says of four runs, beside what they take; ten minutes, 8 GB of memory.
+bench-plan: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/plan.py $(BENCH_ARGS)
 
 # docs/quality.md, from the results of the benchmarks of quality.
 quality-page: $(STAMP)

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import ranks_model as model
 from machine import describe, footnote
-from ranks_cases import ID_BYTES, Case, Plan, Shape, cases_of
+from ranks_cases import Case, Plan, Shape, cases_of
 from ranks_network import enter_quiet_network, loopback_bandwidth
 from ranks_world import run_world
 from rich.console import Console
@@ -30,6 +30,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from meft_engine.cores import rank_cores
+from meft_engine.planner.network import ID_BYTES
 from meft_kernels.dispatch import row_passes
 
 HERE = Path(__file__).resolve().parent

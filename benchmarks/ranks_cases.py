@@ -10,26 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meft_engine.planner.network import Tables
+
 WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ID_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of an adapter: ``layers`` of a keys and a values table each, of ``rows`` rows of ``width``."""
-
-    width: int
-    layers: int
-    rows: int
-
-    @property
-    def tables(self) -> int:
-        return 2 * self.layers
-
-    @property
-    def dense_bytes(self) -> int:
-        """Of an fp32 gradient of all rows."""
-        return self.tables * self.rows * self.width * 4
+class Shape(Tables):
+    """Of an adapter."""
 
     @property
     def expert_rows(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from ranks_cases import ID_BYTES, WIRES, Case, Plan, Shape
+from ranks_cases import WIRES, Case, Plan, Shape
 
 from meft_engine.cores import claim_cores, rank_cores
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
@@ -27,6 +27,7 @@ from meft_engine.optim.sparse_adam import SparseCPUAdam, run_now
 from meft_engine.parallel.ranks import Ranks, find_ranks
 from meft_engine.parallel.sharding import Sharding, TablePlan, owned_rows
 from meft_engine.parallel.shared_step import SharedRows
+from meft_engine.planner.network import ID_BYTES
 
 _TIMEOUT = 120.0  # seconds after which a rank counts as lost
 

@@ -26,10 +26,11 @@ from machine import describe, footnote
 from rich.console import Console
 from rich.table import Table
 from step_contestant import Contestant, serve
-from step_floor import Machine, Part, parts
+from step_floor import Machine
 from tqdm import tqdm
 
 from meft_engine.cores import rank_cores
+from meft_engine.planner.passes import Part, parts
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "launch"))

@@ -37,7 +37,7 @@ from meft_engine.phases import PhaseClock, phase, use_clock
 from meft_engine.report import describe, make_report, training_figures
 from meft_engine.router_lr import scale_router_steps
 from meft_engine.row_step import RowStep
-from meft_engine.support import compute_dtype_of, require_support, require_support_of_ranks
+from meft_engine.support import base_to_come, compute_dtype_of, require_support, require_support_of_ranks
 
 
 def _needs_block(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,7 +96,14 @@ class MeftEngine(DeepSpeedEngine):
         client_built = isinstance(optimizer, torch.optim.Optimizer)
         groups = optimizer.param_groups if client_built else as_groups(model, model_parameters)
         with running_on(near):
-            attached = attach(model, block, compute_dtype=compute_dtype, device=device, ranks=ranks)
+            attached = attach(
+                model,
+                block,
+                compute_dtype=compute_dtype,
+                device=device,
+                ranks=ranks,
+                base_to_come=base_to_come(model, device, config_class),
+            )
         if block.adapter.freeze_base:
             freeze_base(model)
             for adapter in attached.adapters.values():

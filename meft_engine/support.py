@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from meft_engine.adapter.attach import DTYPES
 from meft_engine.config import MeftConfig, MeftConfigError
@@ -18,6 +19,18 @@ def compute_dtype_of(block: MeftConfig, config_class: Any) -> torch.dtype:
         return DTYPES[block.offload.compute_dtype]
     half = config_class.bfloat16_config.enabled or config_class.float16_config.enabled
     return torch.bfloat16 if half else torch.float32
+
+
+def base_to_come(model: nn.Module, device: str, config_class: Any) -> int:
+    """Bytes of a model's weights that DeepSpeed will put onto a device and that are not there yet.
+
+    None under ZeRO stage 3, which keeps a part of them there that depends on its own settings.
+    """
+    if config_class.zero_enabled and config_class.zero_optimization_stage == 3:
+        return 0
+    half = config_class.bfloat16_config.enabled or config_class.float16_config.enabled
+    elsewhere = [p for p in model.parameters() if p.device.type != torch.device(device).type]
+    return sum(p.numel() * (min(2, p.itemsize) if half else p.itemsize) for p in elsewhere)
 
 
 def require_support(config_class: Any, optimizer: Any) -> None:

@@ -29,9 +29,11 @@ from meft_engine.offload.traffic import Traffic
 from meft_engine.parallel.ranks import Ranks
 from meft_engine.parallel.sharding import Sharding, TablePlan
 from meft_engine.planner import (
+    device_bytes_needed,
     gradient_slots_of_layer,
     host_bytes_needed,
     hot_rows_of_layer,
+    require_device_memory,
     require_host_memory,
     snapshot_bytes_needed,
 )
@@ -98,6 +100,7 @@ def attach(
     ranks: Ranks | None = None,
     name: str = DEFAULT_NAME,
     values_on_device: bool = False,
+    base_to_come: int = 0,
 ) -> AttachedAdapters:
     """Give every FFN that the configuration names an adapter, initialised from the seed.
 
@@ -112,10 +115,11 @@ def attach(
         ranks: those that train together; ``None``: this process alone.
         name: tells it from other adapters of the model.
         values_on_device: keep the values' compute copies on the device too, as the keys' always are.
+        base_to_come: bytes of the base that will be on the device and are not there yet.
 
     Raises:
-        MeftConfigError: if no FFN fits, the name is taken, host memory is too small, or, where ``trainable``, the model
-            has adapters already.
+        MeftConfigError: if no FFN fits, the name is taken, host or device memory is too small, or, where ``trainable``,
+            the model has adapters already.
     """
     others = switches(model)
     if trainable and others:
@@ -137,6 +141,10 @@ def attach(
     )
     copies = snapshot_bytes_needed(config, needed, len(ranks.node)) if trainable else 0
     require_host_memory(needed, config, len(ffns), copies=copies)
+    if trainable:
+        place = device if device is not None else ffns[0].gate_weight.device
+        on_device = device_bytes_needed(config, len(ffns), max(f.width for f in ffns), 1, compute_dtype=compute_dtype)
+        require_device_memory({"base": base_to_come, **on_device}, config, len(ffns), place)
     sharding = _shard(ffns, config, compute_dtype, device, ranks) if ranks.size > 1 else None
 
     base_parameters = sum(math.prod(full_shape(p)) for p in model.parameters())

@@ -8,8 +8,9 @@ import pytest
 import step
 import torch
 from step_contestant import Contestant
-from step_floor import Machine, parts
+from step_floor import Machine
 
+from meft_engine.planner.passes import parts
 from tests.families import VOCAB, tiny_llama
 
 SHAPE = {
