@@ -15,11 +15,14 @@ import torch
 from meft_engine.config import MeftConfig, find_block
 from meft_engine.planner import (
     ModelShape,
+    Plan,
     base_bytes_needed,
     device_bytes_needed,
     host_bytes_needed,
-    most_active_rows,
+    plan_run,
 )
+from meft_engine.planner.memory import CONTEXT_BYTES
+from meft_engine.planner.rows import most_active_rows
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
 GIB = 1 << 30
@@ -125,6 +128,24 @@ def fits(found: Needs, promise: Promise) -> bool:
     """Whether devices and hosts of the promised sizes hold it, in decimal GB of the host, which are the fewer."""
     processes = (PROCESS_GIB + 2 * (promise.ranks_of_node - 1)) * GIB
     return found.device <= ALLOCATABLE[promise.card] * GIB and found.host + processes <= promise.memory * 10**9
+
+
+def plan(name: str, model: Any, promise: Promise) -> Plan:
+    """What ``meft-engine plan`` says of a file on the machine that it is for.
+
+    Args:
+        model: a shape, or a transformers configuration, which is run without memory.
+    """
+    return plan_run(
+        read(name),
+        model,
+        gpus=promise.ranks_of_node,
+        nodes=promise.nodes,
+        sequence_length=promise.length,
+        device="cuda",
+        device_memory=int(ALLOCATABLE[promise.card] * GIB) + CONTEXT_BYTES,
+        host_memory=promise.memory * 10**9 - 4 * GIB,
+    )
 
 
 def table() -> str:

@@ -7,9 +7,10 @@ import re
 from dataclasses import replace
 
 import pytest
+from transformers import LlamaConfig
 
 from meft_engine.config import MeftConfig, find_block
-from tests.config_sizes import FOLDER, GIB, PROMISES, Needs, fits, needs, read, table
+from tests.config_sizes import FOLDER, GIB, LLAMA_3_8B, PROMISES, Needs, fits, needs, plan, read, table
 
 FILES = sorted(path.stem for path in FOLDER.glob("*.json"))
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -53,6 +54,22 @@ def test_it_fits_what_its_name_promises(name, model):
     assert fits(found, promise), f"{found.device / GIB:.1f} GiB on each device, {found.host / GIB:.1f} on a host"
 
 
+@pytest.mark.parametrize(("name", "model"), [(name, i) for name, p in PROMISES.items() for i in range(len(p.models))])
+def test_it_passes_its_plan(name, model):
+    found = plan(name, PROMISES[name].models[model], PROMISES[name])
+    assert found.fits, found.problems
+
+
+def test_a_plan_of_the_model_itself_is_that_of_its_shape():
+    """Of which activations are known by a formula alone, and here from a run without memory."""
+    given = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    config = LlamaConfig(**given, num_attention_heads=32, num_key_value_heads=8, dtype="bfloat16")
+    found, by_shape = (plan("meft_24gb", model, PROMISES["meft_24gb"]) for model in (config, LLAMA_3_8B))
+    assert found.fits and found.trace is not None
+    assert found.device.pop("activations") == pytest.approx(by_shape.device.pop("activations"), rel=0.05)
+    assert found.device == by_shape.device
+
+
 def test_what_is_too_large_for_its_promise_is_noticed():
     promise = PROMISES["meft_24gb"]
     config, model = read("meft_24gb"), promise.models[0]
@@ -60,6 +77,9 @@ def test_what_is_too_large_for_its_promise_is_noticed():
     assert not fits(needs(twice, model, promise), promise), "the device"
     more = {**config, "meft": {**config["meft"], "adapter": {"rows": 16384}}}
     assert not fits(needs(more, model, replace(promise, card=48)), promise), "the host"
+    for smaller in (replace(promise, memory=40), replace(PROMISES["meft_48gb"], card=24, memory=64)):
+        name = "meft_24gb" if smaller.card == promise.card and smaller.memory == 40 else "meft_48gb"
+        assert not plan(name, model, smaller).fits
 
 
 def test_needs_are_those_of_arithmetic():
