@@ -61,7 +61,7 @@ def _extend_beginning_and_end(handlers: Any) -> None:
     @functools.wraps(begin)
     def on_train_begin(handler: Any, args: Any, *others: Any) -> Any:
         watch = watch_of(handler.model)
-        if watch is not None:
+        if watch is not None and args.output_dir:
             watch.recorder.begin(Path(args.output_dir))
         return begin(handler, args, *others)
 

@@ -260,7 +260,7 @@ def test_what_a_run_brings_along_is_quoted(tmp_path):
         folder, "evaluation", model=EVIL, adapter=EVIL, results={EVIL: {"exact_match": 1, "count": 1}}, step=1
     )
     run_log.append(folder, "end", step=60, error=EVIL)
-    for folders in ([folder], [folder, write_run(tmp_path / "$x$")]):
+    for folders in ([folder], [folder, write_run(tmp_path / r"$\frac$")]):
         found = report(*folders, output=tmp_path / "report.html")
         assert found.numbers[0]["name"].endswith(EVIL) and found.numbers[0]["start"]["model"] == EVIL
         assert len(found.scripts) == 1 and "<script>alert" not in found.text
