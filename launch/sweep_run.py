@@ -277,7 +277,8 @@ def _signal_group(group: int, number: int) -> None:
 def _evaluate(folder: Path, run: Run, resources: Resources, stop: Stop) -> dict[str, Any] | None:
     """What ``evaluate.py`` says of the trained adapter, or ``None`` if we were asked to stop."""
     base = str(run.arguments.get("model_name_or_path", ""))
-    model = {"model": base, "adapter": str(folder)} if find_block(run.config) is not None else {"model": str(folder)}
+    trained = find_block(run.config) is not None
+    model = {"model": base, "adapter": str(folder), "log": str(folder)} if trained else {"model": str(folder)}
     options = launcher.options({**model, **run.evaluate["arguments"], "data": run.evaluate["data"]})
     output = folder / EVALUATION_LOG
     with output.open("w", encoding="utf-8") as log:
