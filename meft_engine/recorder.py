@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +35,8 @@ from torch import Tensor
 
 from meft_engine import __version__, run_log
 from meft_engine.config import MeftConfig
-from meft_engine.planner import device_bytes_needed, host_bytes_needed
+from meft_engine.planner import device_bytes_needed
+from meft_engine.planner.rows import host_rows_by_kind
 from meft_engine.report import device_bytes_by_kind, host_bytes_by_kind
 
 if TYPE_CHECKING:
@@ -246,18 +248,14 @@ class Recorder:
 def planned_host_bytes(
     config: MeftConfig, widths: list[int], *, compute_dtype: torch.dtype, ranks: int, ranks_of_node: int
 ) -> dict[str, int]:
-    """What :func:`host_bytes_needed` says for a node, by kind: ``rows``, ``moments`` and ``steps`` of the optimizer."""
-    total = sum(
-        host_bytes_needed(
-            config, 1, width, compute_dtype=compute_dtype, trainable=True, ranks=ranks, ranks_of_node=ranks_of_node
+    """What is planned for a node, by the kinds that are measured: ``rows``, ``moments`` and ``steps``."""
+    kinds: Counter[str] = Counter()
+    for width in widths:
+        kinds.update(
+            host_rows_by_kind(config, 1, width, compute_dtype=compute_dtype, ranks=ranks, ranks_of_node=ranks_of_node)
         )
-        for width in widths
-    )
-    own = ranks_of_node / ranks if config.optimizer.mode == "lazy" else 1
-    rows = 2 * config.adapter.rows * own
-    moments = int(rows * sum(widths) * 2 * {"fp32": 4, "bf16": 2}[config.optimizer.moments_dtype])
-    steps = int(rows * len(widths) * 4)
-    return {"rows": total - moments - steps, "moments": moments, "steps": steps}
+    rows = kinds["compute_copies"] + kinds["lower_planes"]
+    return {"rows": rows, "moments": kinds["moments"], "steps": kinds["steps"]}
 
 
 def update_counts(updates: list[Tensor | None]) -> tuple[list[int], list[list[int]] | None]:
