@@ -33,10 +33,16 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
-@pytest.fixture(scope="module", params=["one run", "three runs"])
+@pytest.fixture(scope="module", params=["one run", "three runs", "runs that are given"])
 def report(request, tmp_path_factory) -> Path:
-    """The page of runs whose names and settings are long."""
+    """The page of runs whose names and settings are long, or of those in RUNS."""
     folder = tmp_path_factory.mktemp("report")
+    if request.param == "runs that are given":
+        given = os.environ.get("RUNS", "").split()
+        if not given:
+            pytest.skip("RUNS names no folders of runs")
+        assert main(["report", *given, "--output", str(folder / "report.html")]) == 0
+        return folder / "report.html"
     count = 1 if request.param == "one run" else 3
     names = [f"{'a-very-long-name-without-a-break' * 2}-{n}<script>alert({n})</script>" for n in range(count)]
     runs = [
