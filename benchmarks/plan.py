@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="whether it runs: one tiny model, two steps")
     parser.add_argument("--only", type=int, nargs="*", help="cases by number, from 0")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(rank_cores()))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -152,7 +152,7 @@ def compare(case: Case, folder: Path, steps: int, threads: int) -> Compared:
     on_host = plan_run(case.config(), model, device="cpu", speeds=speeds, **options)
     there = plan_run(case.config(), model, device="cuda", device_memory=1 << 50, **options)
     took = _run(case, model, steps, threads, "host")
-    device = _run(case, model, 1, threads, "device")
+    device = _run(case, model, 0, threads, "device")
     said = said_of(on_host, there, device["by_kind"])
     facts = {
         "touched_said": round(on_host.touched_share, 4),

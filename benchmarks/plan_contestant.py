@@ -54,7 +54,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "host_rows": report["host_bytes_measured"],
         "host_peak": peak(),
-        "step": statistics.median(seconds[1:]),
+        "step": statistics.median(seconds[1:] or seconds),
         "touched_share": report["touched_share"],
         "by_kind": report["device_bytes_by_kind"],
         "phases_ms": {name: round(value * 1e3, 1) for name, value in phases.items()},

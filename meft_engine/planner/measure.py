@@ -86,10 +86,10 @@ def find_speeds(
     return Speeds(**found, sources=sources, tflops_by_dtype=by_dtype)
 
 
-def copy_bandwidth(device: str, count: int = 1 << 25, repetitions: int = 5) -> float:
-    """Bytes a second that a copy of ``count`` floats reads and writes; the fastest of the repetitions."""
+def copy_bandwidth(device: str, count: int = 1 << 26) -> float:
+    """Bytes a second that a copy of ``count`` floats reads and writes."""
     source, target = torch.ones(count, device=device), torch.zeros(count, device=device)
-    return 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(repetitions))
+    return 2 * source.nbytes / _typical(lambda: target.copy_(source), device)
 
 
 def product_rate(
@@ -101,7 +101,7 @@ def product_rate(
     for m, k, n, count in products:
         a = torch.ones(m, k, dtype=dtype, device=device)
         b = torch.ones(n, k, dtype=dtype, device=device).T  # as a weight lies
-        one = _fastest(lambda a=a, b=b: a @ b, device)
+        one = _typical(lambda a=a, b=b: a @ b, device)
         flops, took = flops + 2 * m * k * n * count, took + one * count
         if flops > _ENOUGH * whole or time.perf_counter() - began > seconds:
             break
@@ -111,17 +111,16 @@ def product_rate(
 def _to_device(count: int = 1 << 26) -> float:
     source = torch.ones(count, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device="cuda")
-    return count / min(_timed(lambda: target.copy_(source, non_blocking=True), "cuda") for _ in range(5))
+    return count / _typical(lambda: target.copy_(source, non_blocking=True), "cuda")
 
 
-def _fastest(work: Callable[[], object], device: str, least: float = 0.02) -> float:
-    """Seconds of the fastest of several: other work on the machine can only make it look slower than it is."""
-    best, spent, runs = float("inf"), 0.0, 0
+def _typical(work: Callable[[], object], device: str, least: float = 0.02) -> float:
+    """Seconds of it: the median of several runs, after one that does not count."""
     _timed(work, device)
-    while runs < 3 or (spent < least and runs < 100):
-        seconds = _timed(work, device)
-        best, spent, runs = min(best, seconds), spent + seconds, runs + 1
-    return best
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < least and len(seconds) < 100):
+        seconds.append(_timed(work, device))
+    return sorted(seconds)[len(seconds) // 2]
 
 
 def _timed(work: Callable[[], object], device: str) -> float:

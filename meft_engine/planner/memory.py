@@ -119,7 +119,10 @@ def _gradients(run: RunSettings, width: int, share: float | None) -> int:
     if run.accumulation == 1:
         return 2 * pages(one)
     whole = touched_rows(run.block, run.tokens, share=share, micro_batches=run.accumulation)
-    return 2 * (2 * pages(one) + int(whole * width * 4) + run.block.adapter.rows * 8)
+    room = 2 * one  # it grows by doubling, and comes to lie in other places of the heap
+    while room < whole:
+        room *= 2
+    return 2 * (2 * pages(one) + int(min(room, run.block.adapter.rows) * width * 4) + run.block.adapter.rows * 8)
 
 
 def _staging(run: RunSettings, width: int) -> int:

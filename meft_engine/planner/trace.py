@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 _LARGE = 32 << 20
+_GAPS = 1.1
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class BaseTrace:
     """Bytes at the worst moment of both, without weights."""
     heap_peak: int
     """Bytes that glibc's allocator holds at the worst moment on a CPU: blocks of less than 32 MiB stay with the process
-    once they have been used (``M_MMAP_THRESHOLD``), larger ones come and go. So it is the worst moment of either."""
+    once they have been used (``M_MMAP_THRESHOLD``), larger ones come and go. So it is the worst moment of either, the
+    former with a tenth for gaps between blocks."""
     forward_flops: int
     backward_flops: int
     moved: int
@@ -76,7 +78,7 @@ def trace_base(
     return BaseTrace(
         kept=kept,
         peak=watch.peak,
-        heap_peak=sum(watch.peak_of.values()),
+        heap_peak=watch.peak_of[True] + int(_GAPS * watch.peak_of[False]),
         forward_flops=forward,
         backward_flops=flops.get_total_flops() - forward,
         moved=watch.moved,
