@@ -180,8 +180,18 @@ def test_seconds_follow_the_machine(folder):
     bus = plan_run(config, folder, device="cuda", device_memory=1 << 40, speeds=SPEEDS)
     assert bus.step.parts["pcie"] == pytest.approx(sum(bus.pcie.values()) / 1e10)
     assert bus.step.hidden >= min(bus.step.parts["pcie"], bus.step.parts["base_forward"])
-    alone = plan_run({**config, "meft": {**config["meft"], "optimizer": {"overlap": False}}}, folder, device="cpu")
-    assert alone.step is None
+    # Twice as many micro-batches compute twice as long, and are updated once.
+    once = plan_run({**config, "gradient_accumulation_steps": 1}, folder, device="cpu", speeds=SPEEDS).step
+    for part in ("base_forward", "base_backward", "adapter"):
+        assert times[0].parts[part] == pytest.approx(2 * once.parts[part])
+    assert once.parts["update"] <= times[0].parts["update"] < 2 * once.parts["update"]
+    assert times[0].hidden == 0.0
+    waiting = {**config, "meft": {**config["meft"], "optimizer": {"overlap": False}}}
+    exposed = plan_run(waiting, folder, device="cuda", device_memory=1 << 40, speeds=SPEEDS).step
+    assert exposed.seconds - bus.step.seconds == pytest.approx(
+        min(bus.step.parts["update"], bus.step.parts["base_forward"] / 2)
+    )
+    assert plan_run(config, folder, device="cpu").step is None
 
 
 def test_more_touched_rows_cost_more(folder):
@@ -290,3 +300,14 @@ def test_sizes_are_read_as_they_are_written():
         1_500_000_000,
         7,
     )
+
+
+def test_the_benchmark_says_what_is_missed():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from plan import CASES, Compared, figures_of
+
+    said = {"host_rows": 100.0, "host_peak": 94.0, "device": 104.0, "step": 1.29}
+    took = {"host_rows": 100.0, "host_peak": 100.0, "device": 100.0, "step": 1.0}
+    found = figures_of([Compared(CASES[0], said, took), Compared(CASES[1], took, took)])
+    assert found["worst_host_peak"] == 0.06 and found["worst_step"] == 0.29 and found["missed"] == ["host_peak"]
+    assert found["off"][CASES[0].name]["device"] == 0.04
