@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,14 @@ WAITING, RUNNING, INTERRUPTED, FINISHED, FAILED, OVER_BUDGET = (
 _POLL, _LOOK, _ASK_AGAIN, _LAST_PROCESSES = 0.2, 5.0, 2.0, 90.0
 """Seconds between two looks at a process; at the budget; between two signals; for what outlives the launcher."""
 _PORTS = 12000
+# The launcher would die of them, as its ranks would before they train; these set handlers then. A program of its own
+# does it, since a process that runs code between fork and exec may be too large to fork.
+_DEAF_TO_USER_SIGNALS = """
+import os, signal, sys
+for number in (signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_IGN)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @dataclass(frozen=True)
@@ -205,13 +214,12 @@ def _train(
     command = training_command(folder, run, resources, nodes, port)
     print(f"\n--- attempt {now.attempts}: {command}", file=log, flush=True)
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-ISc", _DEAF_TO_USER_SIGNALS, *command],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         env=launcher.environment(cpu=resources.gpus == 0),
         start_new_session=True,  # a Ctrl-C is for us alone, and what we send reaches all of them
-        preexec_fn=_ignore_user_signals,
     )
     if first:
         now = write_status(folder, replace(now, group=process.pid))
@@ -239,12 +247,6 @@ def _train(
     if reason:
         return now, _end(folder, now, OVER_BUDGET, reason[0], write=first)
     return now, _end(folder, now, FAILED, f"the training ended with exit code {code}", write=first)
-
-
-def _ignore_user_signals() -> None:
-    """In the launcher, which would die of them, as its ranks would before they train; these set handlers then."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _wait(process: subprocess.Popen, stop: Stop, over_budget: Callable[[], bool], forsaken: Callable[[], bool]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,7 +67,8 @@ def trace_base(
     weights = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     watch, flops = _Watch(weights), FlopCounterMode(display=False, custom_mapping=_more_flops())
     try:
-        with flops, watch:
+        # Whatever this process has switched off: training runs in another one.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), flops, watch:
             ids = torch.ones(sequences, length, dtype=torch.int64)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             kept, forward = watch.live, flops.get_total_flops()

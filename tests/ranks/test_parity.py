@@ -85,7 +85,10 @@ def check(case: Case, found: list[dict[str, Any]], expected: dict[str, Any], tol
     state, alone_state = (member.whole(parts) for parts in ([part["state"] for part in found], [expected["state"]]))
     for name, value in state.items():
         if name.endswith("/step"):
-            assert torch.equal(value, alone_state[name]), name
+            # A product in bf16 may be rounded otherwise where its batch is larger (as AVX-512 does it), and then a row
+            # that ties with another is chosen once more, or once less.
+            off = (value - alone_state[name]).abs()
+            assert off.max() <= case.bf16 and off.mean() <= 0.05, name
         elif not case.sections.get("optimizer", {}).get("moments_dtype"):
             assert torch.allclose(value, alone_state[name], rtol=1e-3, atol=tolerance), name
     for part in found:

@@ -64,11 +64,11 @@ def test_another_number_of_ranks_takes_over_every_row(ranks, saved, tmp_path):
         assert differing(saving.whole(before, f"saved_{kind}"), saving.whole(after, f"saved_{kind}")) == []
 
 
-def test_one_rank_loads_what_two_have_saved(saved):
+def test_one_rank_loads_what_two_have_saved(saved, tmp_path):
     """In the process of the test, which goes on as one rank; and as a plain model, without DeepSpeed."""
     mode, checkpoint, before = saved
     rows = saving.whole(before, "saved_rows")
-    found = saving.run(0, 1, mode, "inspect", checkpoint)
+    found = saving.run(tmp_path, 0, 1, mode, "inspect", checkpoint)
     assert differing(rows, saving.whole([found], "saved_rows")) == []
     assert found["plain_loss"] == pytest.approx(before[0]["plain_loss"], abs=1e-6)
 
@@ -82,7 +82,7 @@ def test_a_missing_rank_s_file_is_named(saved, tmp_path):
     tag = (copied / "latest").read_text()
     (copied / tag / "meft" / "rows-1-of-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"rows-1-of-2\.safetensors is missing"):
-        saving.run(0, 1, mode, "inspect", copied)
+        saving.run(tmp_path, 0, 1, mode, "inspect", copied)
     shutil.copy(copied / tag / "meft" / "rows-0-of-2.safetensors", copied / tag / "meft" / "rows-0-of-3.safetensors")
     with pytest.raises(ValueError, match="files of 2 and of 3 ranks"):
-        saving.run(0, 1, mode, "inspect", copied)
+        saving.run(tmp_path, 0, 1, mode, "inspect", copied)
