@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 
 # Stated, not measured: a card with 16 lanes of PCIe 4 in a node with 200 Gbit/s, of which half the peak is reached.
 _ASSUMED = {"tflops": 60.0, "device_gbps": 700.0, "pcie_gbps": 20.0, "network_gbps": 12.0}
+_COLD = 128 << 20  # bytes
 _ENOUGH = 0.95  # share of a step's operations that is timed; the rest are many kinds of small products
 
 
@@ -100,8 +102,10 @@ def product_rate(
     began, flops, took = time.perf_counter(), 0.0, 0.0
     for m, k, n, count in products:
         a = torch.ones(m, k, dtype=dtype, device=device)
-        b = torch.ones(n, k, dtype=dtype, device=device).T  # as a weight lies
-        one = _typical(lambda a=a, b=b: a @ b, device)
+        # As weights lie; so many that none is still in a cache when its turn comes, as in a model of many layers.
+        copies = max(1, min(32, _COLD // (n * k * dtype.itemsize)))
+        turn = itertools.cycle([torch.ones(n, k, dtype=dtype, device=device).T for _ in range(copies)])
+        one = _typical(lambda a=a, turn=turn: a @ next(turn), device)
         flops, took = flops + 2 * m * k * n * count, took + one * count
         if flops > _ENOUGH * whole or time.perf_counter() - began > seconds:
             break

@@ -112,17 +112,22 @@ def _gradients(run: RunSettings, width: int, share: float | None) -> int:
     """Of keys and values of a layer on the host: what a micro-batch has left; where there are more, what the next one
     leaves besides, and the sum. Memory of the former is kept for the next step."""
 
-    def pages(rows: float) -> int:
-        return -(-int(rows * width * 4) // _PAGE) * _PAGE
+    block = run.block
 
-    one = touched_rows(run.block, run.tokens, share=share)
+    def pages(rows: float) -> int:
+        # Layers differ, so that half of them take a page more than the mean does; what is bounded does not.
+        bounded = rows >= min(block.adapter.rows, block.active_rows.cap or block.adapter.rows)
+        size = int(rows * width * 4)
+        return -(-size // _PAGE) * _PAGE if bounded else size + _PAGE
+
+    one = touched_rows(block, run.tokens, share=share)
     if run.accumulation == 1:
         return 2 * pages(one)
-    whole = touched_rows(run.block, run.tokens, share=share, micro_batches=run.accumulation)
+    whole = touched_rows(block, run.tokens, share=share, micro_batches=run.accumulation)
     room = 2 * one  # it grows by doubling, and comes to lie in other places of the heap
     while room < whole:
         room *= 2
-    return 2 * (2 * pages(one) + int(min(room, run.block.adapter.rows) * width * 4) + run.block.adapter.rows * 8)
+    return 2 * (2 * pages(one) + int(min(room, block.adapter.rows) * width * 4) + block.adapter.rows * 8)
 
 
 def _staging(run: RunSettings, width: int) -> int:
