@@ -232,7 +232,9 @@ def test_fit_writes_a_whole_configuration_that_fits(folder, tmp_path, capsys):
     common = ("--model", folder, "--sequence_length", 12, "--no_time")
     limits = ("--fit", "700MB", "--host_memory", "2500MB")
     assert run(path, *common, *limits, "--output", fitting) == 0
-    assert "adapter.rows = " in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[-2]
+    assert "adapter.rows = " in said and said.count("train_micro_batch_size_per_gpu = 1 ") == 1
+    assert said.count("train_micro_batch_size_per_gpu") == 1
     written = json.loads(fitting.read_text())
     rows = written["meft"]["adapter"].pop("rows")
     assert 1000 <= rows < 500_000 and rows % 1000 == 0

@@ -103,7 +103,7 @@ def test_a_device_that_is_too_small_is_refused_by_kind(monkeypatch):
 
 
 def test_attaching_to_a_model_looks_at_the_device_before_it_allocates(monkeypatch):
-    """Keys and routers of all layers, and what of the base is yet to come there; inference asks for no routers' state."""
+    """Keys and routers of all layers, and what of the base is yet to come there."""
     model, block = tiny_llama(), tiny_config({"rows": 3500})
     keys = 3 * 3500 * 32 * 4
     monkeypatch.setattr(limits, "device_limit", lambda device: limits.Limit(4 * keys, "of a card"))
