@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Command line, see the top of this file."""
-    from plan import CASES, TINY
+    """Command line, see the top of this file. Each step waits for a line on stdin."""
+    from plan import CASES, READY, TINY
 
     number, model, steps, place = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     case = [*CASES, *TINY][number]
@@ -40,6 +40,8 @@ def main() -> None:
     engine = meft_engine.initialize(model=network, config=case.config())[0]
     text, at, seconds = tokens(model, network.config.vocab_size), 0, []
     for _ in range(steps + 1):
+        print(READY, flush=True)
+        sys.stdin.readline()
         before = engine.phases.seconds()
         began = time.perf_counter()
         for _ in range(case.accumulation):

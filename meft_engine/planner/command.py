@@ -24,6 +24,7 @@ _SPEEDS = {
     "tflops": "10¹² operations a second in the base's products of matrices",
     "host_gbps": "10⁹ bytes a second that a copy in host memory reads and writes",
     "device_gbps": "the same on the device",
+    "pass_gbps": "10⁹ bytes a second that an activation function reads and writes",
     "pcie_gbps": "10⁹ bytes a second between host and device, one way",
     "network_gbps": "10⁹ bytes a second out of a node",
 }

@@ -57,7 +57,8 @@ def fit(config: Mapping[str, Any], plan_of: PlanOf, *, gradient_checkpointing: b
             continue  # not together with what else is asked for
         if _missing(found, change.helps) < _missing(plan, change.helps):
             now, checkpointing, plan = tried, with_checkpointing, found
-            changes.append(said)
+            # Of the same field only the last change is one.
+            changes = [*(one for one in changes if one.split(" ")[0] != said.split(" ")[0]), said]
     if not plan.fits:
         fewer = _fewer_rows(now, plan, lambda tried: plan_of(tried, checkpointing))
         if fewer is None:

@@ -29,6 +29,9 @@ class Speeds:
     device_gbps: float
     pcie_gbps: float
     network_gbps: float
+    pass_gbps: float | None = None
+    """10⁹ bytes a second that an activation function reads and writes in the base's dtype: on a CPU it is no copy.
+    ``None``: as ``device_gbps``."""
     sources: dict[str, str] = field(default_factory=dict)
     """Of each: ``measured here``, ``given`` or ``assumed``."""
     tflops_by_dtype: dict[str, float] = field(default_factory=dict)
@@ -58,7 +61,7 @@ def find_speeds(
     Args:
         products: the base's (m, k, n, count), as :class:`BaseTrace` has them; none: of a common size.
         dtype: of the base. device: where it computes, ``"cpu"`` or ``"cuda"``. seconds: to spend, about.
-        given: any of ``tflops``, ``host_gbps``, ``device_gbps``, ``pcie_gbps``, ``network_gbps``; ``None``: not given.
+        given: any of the fields of :class:`Speeds` that are numbers; ``None``: not given.
     """
     present = device == "cpu" or torch.cuda.is_available()
     found = {name: value for name, value in given.items() if value is not None}
@@ -76,6 +79,8 @@ def find_speeds(
         add("device_gbps", copy_bandwidth("cuda") / 1e9)
     if device != "cpu" and present and "pcie_gbps" not in found:
         add("pcie_gbps", _to_device() / 1e9)
+    if device == "cpu" and "pass_gbps" not in found:
+        add("pass_gbps", pass_bandwidth(dtype) / 1e9)
     if present and "tflops" not in found:
         shapes = products or [(512, 1024, 4096, 1)]
         for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -92,6 +97,12 @@ def copy_bandwidth(device: str, count: int = 1 << 26) -> float:
     """Bytes a second that a copy of ``count`` floats reads and writes."""
     source, target = torch.ones(count, device=device), torch.zeros(count, device=device)
     return 2 * source.nbytes / _typical(lambda: target.copy_(source), device)
+
+
+def pass_bandwidth(dtype: torch.dtype, count: int = 1 << 21) -> float:
+    """Bytes a second that SiLU of ``count`` numbers reads and writes on a CPU."""
+    x = torch.ones(count, dtype=dtype)
+    return 2 * x.nbytes / _typical(lambda: torch.nn.functional.silu(x), "cpu")
 
 
 def product_rate(

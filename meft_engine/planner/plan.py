@@ -255,6 +255,8 @@ class Planner:
         )
         if speeds is not None:
             named = {"tflops": "TFLOP/s", "host_gbps": "GB/s in host memory"}
+            if speeds.pass_gbps is not None:
+                named["pass_gbps"] = "GB/s in an activation function"
             if plan.device_type == "cuda":
                 named |= {"device_gbps": "GB/s on the device", "pcie_gbps": "GB/s across the bus"}
             if run.nodes > 1:

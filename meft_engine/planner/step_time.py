@@ -16,8 +16,8 @@ from meft_engine.planner.trace import BaseTrace
 PASS_OVER_FLOOR = {"route": 2.6, "combine": 4.0, "row_gradients": 3.2, "update": 0.7, "backward": 1.0}
 """What passes take, over what their bytes and operations would take, in C++ on a CPU
 (``benchmarks/results/step_profile.csv``). Updates stream faster than torch's copy."""
-BASE_PASS_OVER_FLOOR = {"cpu": 2.0, "cuda": 1.0}
-"""The same of the base's passes that are no products of matrices: PyTorch's on a CPU reach half of a copy's bandwidth
+BASE_PASS_OVER_FLOOR = {"cpu": 2.2, "cuda": 1.0}
+"""The same of the base's passes that are no products of matrices, over what SiLU would take for their bytes
 (``benchmarks/results/plan.csv``); assumed on a GPU."""
 CATCH_UP_OVER_FLOOR = 6.0
 """The same of values that are brought to date for each reader, in the mode "dense_equivalent"
@@ -113,7 +113,8 @@ def step_time(
     else:
         forward = backward = 2 * model.parameters * run.tokens
         moved = 0
-    slow = BASE_PASS_OVER_FLOOR[device] * moved / speeds.bytes_per_second
+    rate = (speeds.pass_gbps or speeds.device_gbps) * 1e9
+    slow = BASE_PASS_OVER_FLOOR[device] * moved / rate
     third = slow / 3  # a backward reads and writes twice what its forward does
     found = {
         "base_forward": gas * (forward / speeds.flops_per_second + third),

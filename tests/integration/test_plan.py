@@ -87,7 +87,8 @@ def test_resident_memory_of_a_process_at_its_worst_moment(tmp_path):
     said = said_of(on_host, on_host, ())
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / "plan_contestant.py"), "3", model, "1", "host"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    pipes = {"input": "\n\n", "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, env=environment, cwd=ROOT, **pipes)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert said["host_rows"] == pytest.approx(found["host_rows"], rel=0.05)
@@ -231,7 +232,9 @@ def test_fit_writes_a_whole_configuration_that_fits(folder, tmp_path, capsys):
     common = ("--model", folder, "--sequence_length", 12, "--no_time")
     limits = ("--fit", "700MB", "--host_memory", "2500MB")
     assert run(path, *common, *limits, "--output", fitting) == 0
-    assert "adapter.rows = " in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[-2]
+    assert "adapter.rows = " in said and said.count("train_micro_batch_size_per_gpu = 1 ") == 1
+    assert said.count("train_micro_batch_size_per_gpu") == 1
     written = json.loads(fitting.read_text())
     rows = written["meft"]["adapter"].pop("rows")
     assert 1000 <= rows < 500_000 and rows % 1000 == 0

@@ -9,9 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from meft_engine.adapter.attach import attach
 from meft_engine.config import MeftConfig, MeftConfigError
 from meft_engine.planner import host_limit, limits, require_device_memory, require_host_memory
+from tests.families import tiny_config, tiny_llama
 
 GIB = 1 << 30
 
@@ -97,6 +100,19 @@ def test_a_device_that_is_too_small_is_refused_by_kind(monkeypatch):
     assert "of the 4.0 GiB of a card" in message and "\n" not in message
     monkeypatch.setattr(limits, "device_limit", lambda device: None)
     require_device_memory({"base": 1 << 60}, block, 2, "cpu")
+
+
+def test_attaching_to_a_model_looks_at_the_device_before_it_allocates(monkeypatch):
+    """Keys and routers of all layers, and what of the base is yet to come there."""
+    model, block = tiny_llama(), tiny_config({"rows": 3500})
+    keys = 3 * 3500 * 32 * 4
+    monkeypatch.setattr(limits, "device_limit", lambda device: limits.Limit(4 * keys, "of a card"))
+    monkeypatch.setattr("meft_engine.adapter.attach.PartiallyOffloadedTensor", lambda *a, **k: pytest.fail("allocated"))
+    with pytest.raises(MeftConfigError, match=r"of device memory before any activation \(base .*, keys .*of a card"):
+        attach(model, block, compute_dtype=torch.float32, base_to_come=4 * keys)
+    monkeypatch.undo()
+    monkeypatch.setattr(limits, "device_limit", lambda device: limits.Limit(4 * keys, "of a card"))
+    attach(model, block, compute_dtype=torch.float32)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is enforced by Linux")
