@@ -251,7 +251,7 @@ SECTIONS = (
         _checkpoints,
         "not yet.",
     ),
-    Section("What is planned", "make bench-plan", ("plan.csv",), None, _plan, ""),
+    Section("What is planned", "make bench-plan", ("plan.csv",), "plan_machine.txt", _plan, ""),
     Section(
         "On a GPU",
         "make bench-gpu",

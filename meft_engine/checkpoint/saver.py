@@ -21,7 +21,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from meft_engine.checkpoint.saved_adapter import CONFIG_FILE, PARAMETERS, SHARED
 from meft_engine.checkpoint.snapshot import RowSnapshot, SnapshotMemory
 from meft_engine.checkpoint.tensor_files import WrittenFile, write_tensors
 from meft_engine.parallel.ranks import Ranks
+from meft_engine.planner import host_limit
 
 if TYPE_CHECKING:
     from meft_engine.engine import MeftEngine
@@ -80,7 +80,7 @@ class CheckpointSaver:
         self._ranks = _of_its_own(engine.ranks) if background else engine.ranks
         self._memory = None
         if background:
-            ours = psutil.virtual_memory().available // (4 * len(engine.ranks.node))
+            ours = host_limit().bytes // (4 * len(engine.ranks.node))
             self._memory = SnapshotMemory(engine.row_optimizer, snapshot_bytes or ours)
             logger.info("%.2f GiB for copies of rows during a save (snapshot_bytes)", self._memory.nbytes / 2**30)
         self._thread: threading.Thread | None = None
