@@ -258,7 +258,6 @@ class MeftEngine(DeepSpeedEngine):
     @_needs_block
     def destroy(self) -> None:
         """Finish the rows' updates, end their thread and give the host memory back, besides what DeepSpeed does."""
-        self._watch.finish()
         save_pretrained.uninstall(self.module)
         watching.detach_from_model(self.module)
         for hook in self._router_hooks:
@@ -270,7 +269,8 @@ class MeftEngine(DeepSpeedEngine):
             last.callback(claim_cores, None)
             last.callback(self.ranks.close)
             last.callback(self._row_step.close)
-            self._saver.close()
+            last.callback(self._saver.close)
+            self._watch.finish()
 
     # Saving
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from meft_engine.checkpoint import saver
 from meft_engine.optim.sparse_adam import RowUpdate
 from meft_engine.optim.worker import UpdateError
 from tests.families import tiny_block, tiny_llama
@@ -163,6 +165,28 @@ def test_destroying_the_engine_ends_the_thread_and_returns_the_memory():
     engine.destroy()
     assert not thread.is_alive()
     assert all(table.host_bytes() == 0 for table in tables)
+
+
+def test_memory_is_returned_though_the_last_figures_cannot_be_read(monkeypatch):
+    engine = make(True)
+    run(engine, 1)
+    thread, tables = engine._row_step.worker._thread, engine.meft_adapters.tables()
+
+    def fail() -> None:
+        raise OSError("nothing can be read")
+
+    monkeypatch.setattr(engine._watch, "finish", fail)
+    with pytest.raises(OSError, match="nothing can be read"):
+        engine.destroy()
+    assert not thread.is_alive()
+    assert all(table.host_bytes() == 0 for table in tables)
+
+
+def test_the_memory_for_copies_is_a_quarter_of_what_a_container_leaves(monkeypatch):
+    monkeypatch.setattr(saver, "host_limit", lambda: SimpleNamespace(bytes=40_000))
+    engine = build_engine(tiny_llama(), tiny_block(checkpoint={"async_save": True}))
+    assert 0 < engine._saver._memory.nbytes <= 10_000
+    engine.destroy()
 
 
 def test_a_forgotten_engine_leaves_no_thread():

@@ -104,6 +104,23 @@ def test_writing_leaves_rows_of_others_to_them(dtype, shares_state):
         assert torch.equal(one.master, expected) and torch.equal(other.master, expected)
 
 
+def test_of_rows_that_other_nodes_own_the_compute_copy_alone_is_written():
+    """This node's copy of them is for this rank to write; their lower planes are at their owner's alone."""
+    owned, written = slice(0, 8), torch.zeros(1, dtype=torch.int64)
+    shard = Shard(
+        owned, [owned, slice(8, 20)], lambda shape, dtype, _: torch.zeros(shape, dtype=dtype), written, 0, never
+    )
+    table = PartiallyOffloadedTensor(
+        "layer/keys", ROWS, WIDTH, device="cpu", compute_dtype=torch.bfloat16, resident=True, shard=shard
+    )
+    table.fill(masters())
+    rows, changed = torch.tensor([19, 3]), masters(1)[:2]
+    table.write(rows, changed)
+    expected = masters().index_copy(0, rows, changed)
+    assert torch.equal(table.master[owned], expected[owned])
+    assert torch.equal(table.master[8:], expected[8:].bfloat16().float())
+
+
 def test_a_value_that_cannot_be_held_changes_nothing():
     tables = pair(torch.bfloat16)
     for table in tables:

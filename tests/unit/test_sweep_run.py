@@ -84,6 +84,13 @@ def test_all_runs_end_in_one_table_and_one_plot(played: None, tmp_path: Path, ca
     assert [read_status(folder).attempts for folder in sorted(output.glob("00*"))] == [1, 1]
 
 
+def test_a_run_that_is_finished_is_not_begun_again(played: None, tmp_path: Path) -> None:
+    """As where Slurm starts a job once more."""
+    folder = one_run(tmp_path, max_steps=2)
+    first = execute(folder, CPU, Limits(), Stop())
+    assert first.state == "finished" and execute(folder, CPU, Limits(), Stop()) == first == read_status(folder)
+
+
 def test_one_that_fails_is_named_and_keeps_nobody(played: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, output = swept(tmp_path, list=[{"arguments.fail": 2}, {"arguments.fail": 99}])
     states = [read_status(folder).state for folder in sorted(output.glob("00*"))]
