@@ -16,7 +16,7 @@ BENCH_STAMP := $(VENV)/.installed-bench
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-report test-ranks test-slurm test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed bench-plan quality-page results lint format clean
+.PHONY: venv demo test test-families test-kernels test-mutants test-late-device test-slow test-report test-commands test-ranks test-slurm test-fault test-deepspeed test-gpu bench-gpu bench-optimizer bench-quality bench-quality-full bench-ranks bench-checkpoints bench-speed bench-plan quality-page results lint format clean
 
 venv: $(STAMP)
 
@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/python launch/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -x -q -n $(WORKERS) --dist loadscope -m "not slow and not families and not ranks and not cluster and not fault and not browser" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -x -q -n $(WORKERS) --dist loadscope -m "not slow and not families and not ranks and not cluster and not fault and not browser and not commands" $(PYTEST_ARGS)
 
 # What an adapter does, for every family of models; writes docs/families.md.
 test-families: $(STAMP)
@@ -45,6 +45,10 @@ test-slow: $(STAMP)
 # install: Chromium (Debian: apt-get install chromium) and the extra `browser`.
 test-report: $(STAMP)
 	$(BIN)/python -m pytest tests/browser -q -rs -m browser $(PYTEST_ARGS)
+
+# Every command of the documents, as it is written, and every benchmark in its quick form; a quarter of an hour.
+test-commands: $(BENCH_STAMP)
+	$(BIN)/python -m pytest tests/commands -q -rs -m commands $(PYTEST_ARGS)
 
 # Several ranks in full: parity of all settings, faults, memory; several hosts, where the packages for them are there.
 test-ranks: $(STAMP)
@@ -77,7 +81,7 @@ test-mutants: $(STAMP)
 # The tests of the engine with every model on a device whose copies are as late as they may be; a quarter of an hour.
 test-late-device: $(STAMP)
 	$(BIN)/python -m pytest tests/integration tests/unit -x -q -n $(WORKERS) --dist loadscope --late-device \
-		-m "not slow and not families and not ranks and not cluster and not fault and not browser and not host_only" $(PYTEST_ARGS)
+		-m "not slow and not families and not ranks and not cluster and not fault and not browser and not commands and not host_only" $(PYTEST_ARGS)
 
 # The kernels and the engine with its model on a GPU. Set CONSTRAINTS to a file that allows your build of torch (/dev/null: any).
 test-gpu: $(STAMP)

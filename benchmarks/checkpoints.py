@@ -43,16 +43,18 @@ TARGETS = {
 def main() -> None:
     """Command line, see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=131_072, help="of each of the two tables, 4096 wide")
+    parser.add_argument("--rows", type=int, help="of each of the two tables, 4096 wide; 131,072 if not given")
     parser.add_argument("--folder", help="where checkpoints go; default: a temporary folder beside the results")
     parser.add_argument("--snapshot_bytes", type=int, default=4 << 30, help="for the save in the background")
-    parser.add_argument("--out", default=HERE / "results", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--quick", action="store_true", help="few rows, into runs/bench: does it run?")
     arguments = parser.parse_args()
+    rows, out = (4096, HERE.parent / "runs" / "bench") if arguments.quick else (131_072, HERE / "results")
     place = tempfile.TemporaryDirectory(prefix="meft-checkpoints-", dir=arguments.folder)
     with place as folder:
-        figures = measure(arguments.rows, Path(folder), arguments.snapshot_bytes)
+        figures = measure(arguments.rows or rows, Path(folder), arguments.snapshot_bytes)
     missed = [name for name, most in TARGETS.items() if figures[name] > most]
-    write(figures, arguments.out)
+    write(figures, arguments.out or out)
     show(figures)
     print(f"missed: {', '.join(missed)}" if missed else "every target is reached")
     print(json.dumps(figures))
@@ -96,7 +98,7 @@ def measure(rows: int, folder: Path, budget: int) -> dict[str, float]:
     with peak() as found:
         blocked = timed(lambda: engine.save_checkpoint(str(folder / "beside")))
         beside = []
-        while engine._saver._thread.is_alive():
+        while not beside or engine._saver._thread.is_alive():
             beside.append(timed(lambda: step(3 + len(beside))))
         snapshot_mb = engine._saver.most_copied / 1e6
         engine._saver.finish()

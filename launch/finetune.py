@@ -160,6 +160,20 @@ def require_steps(args: TrainingArguments, streaming: bool) -> None:
         raise DataError("--streaming does not know how many examples there are; say how long to train in --max_steps")
 
 
+def require_deepspeed(trainer: Trainer) -> None:
+    """Whoever names a DeepSpeed JSON gets what it says: accelerate leaves it out where its environment asks for a CPU.
+
+    Raises:
+        DataError: if the whole model would be trained in place of an adapter.
+    """
+    if trainer.args.deepspeed is not None and not trainer.is_deepspeed_enabled:
+        raise DataError(
+            f"deepspeed = {trainer.args.deepspeed!r} would not be used: accelerate was told "
+            f"{trainer.accelerator.distributed_type} by its environment; unset ACCELERATE_USE_CPU and the like, "
+            "and give --use_cpu to train on a CPU"
+        )
+
+
 def log_level(args: TrainingArguments, progress: str) -> int:
     """Of this process's messages; ``--progress quiet`` also spares those that only inform."""
     if not args.should_log:
@@ -200,6 +214,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         processing_class=tokenizer,
         callbacks=[timer, StopOnSignal()],
     )
+    require_deepspeed(trainer)
     progress.replace_in(trainer)
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from inference import DTYPES, load_model
+from resuming import newest_whole
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             batches=batches,
         )
     except (ValueError, OSError, CheckpointSaveError) as error:
-        sys.exit(f"resize.py: {error}")
+        inside = newest_whole(args.checkpoint)
+        sys.exit(f"resize.py: {error}" + (f"; there is one in {inside}" if inside else ""))
     Console().print(show(resized))
     print(
         f'To go on with it, set "rows": {resized.rows} and "num_experts": {resized.num_experts} in "adapter" of the '

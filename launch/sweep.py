@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import signal
 import sys
 import time
@@ -36,6 +37,8 @@ from sweep_run import (
     read_status,
     write_status,
 )
+
+from meft_engine import run_log
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 LOCK = ".lock"
@@ -166,6 +169,14 @@ def finish(folders: Sequence[Path], output: Path) -> int:
     CONSOLE.print(sweep_table.show(results))
     paths = [sweep_table.write_csv(results, output), *sweep_table.plot(results, output)]
     CONSOLE.print(f"in {escape(str(output))}: {', '.join(path.name for path in paths)}", highlight=False)
+    if any((folder / run_log.FILE).is_file() for folder in folders):
+        place = shlex.quote(str(output))
+        CONSOLE.print(
+            f"side by side: meft-engine report {place}/[0-9]*/ --output {place}/report.html",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     unfinished = [folder for folder in folders if read_status(folder).state != FINISHED]
     for folder in unfinished:
         now = read_status(folder)

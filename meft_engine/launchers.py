@@ -1,19 +1,25 @@
 """Ranks that Slurm's ``srun`` or Open MPI's ``mpirun`` started, told to PyTorch and DeepSpeed in their own variables.
 
 DeepSpeed's launcher and ``torchrun`` set ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and so on. ``srun`` and ``mpirun``
-set variables of their own, and DeepSpeed then asks mpi4py, which most environments do not have.
+set variables of their own, and a process that was started by itself has none; DeepSpeed then asks mpi4py, which most
+environments do not have.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 import zlib
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _FIRST_PORT, _PORTS = 20000, 12000
 """Ports of our choice end below 32768, from where Linux takes those of outgoing connections."""
+
+
+_OTHER_LAUNCHERS = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
+"""Set by launchers that are not read here: a process that has one of them may be one of many."""
 
 
 class LaunchError(RuntimeError):
@@ -31,16 +37,21 @@ class _Ranks:
     local_size: int
     address: str | None
     """Of rank 0's host; ``None`` where the launcher does not say it."""
-    job: int
-    """A number that all ranks of the run agree on and that other runs on the same hosts rarely have."""
+    job: int | None
+    """A number that all ranks of the run agree on and that other runs on the same hosts rarely have; ``None`` for one
+    rank, which agrees with nobody."""
+
+
+_ALONE = _Ranks("python", 0, 1, 0, 1, "127.0.0.1", None)
 
 
 def adopt_ranks(environment: MutableMapping[str, str] | None = None) -> None:
     """Set the variables that ``torch.distributed`` and DeepSpeed read, from those of ``srun`` or ``mpirun``.
 
     Sets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_SIZE`` (DeepSpeed's name) and ``LOCAL_WORLD_SIZE``
-    (PyTorch's); ``MASTER_ADDR`` and ``MASTER_PORT`` only where they are not given. Nothing changes where ``RANK`` is
-    set, where neither launcher started the process, and for a run of one process.
+    (PyTorch's); ``MASTER_ADDR`` and ``MASTER_PORT`` only where they are not given. A process that no launcher has
+    started is rank 0 of 1. Nothing changes where ``RANK`` is set, or where the process may be one of several that
+    another launcher started, or belongs to a batch script of several tasks that forgot its ``srun``.
 
     ``LOCAL_RANK`` chooses the device: every rank has to see all GPUs of its node (Slurm's ``--gpus-per-node``, not
     ``--gpus-per-task``).
@@ -55,8 +66,8 @@ def adopt_ranks(environment: MutableMapping[str, str] | None = None) -> None:
     if "RANK" in variables:
         return
     # mpirun in a Slurm job starts its daemons with srun, and ranks inherit the daemons' Slurm variables.
-    ranks = _from_open_mpi(variables) or _from_slurm(variables)
-    if ranks is None or ranks.size == 1:
+    ranks = _from_open_mpi(variables) or _from_slurm(variables) or _by_itself(variables)
+    if ranks is None:
         return
     if not (0 <= ranks.rank < ranks.size and 0 <= ranks.local_rank < ranks.local_size <= ranks.size):
         raise LaunchError(
@@ -82,8 +93,17 @@ def adopt_ranks(environment: MutableMapping[str, str] | None = None) -> None:
         LOCAL_SIZE=str(ranks.local_size),
         LOCAL_WORLD_SIZE=str(ranks.local_size),
         MASTER_ADDR=address,
-        MASTER_PORT=variables.get("MASTER_PORT") or str(_FIRST_PORT + ranks.job % _PORTS),
+        MASTER_PORT=variables.get("MASTER_PORT") or str(_port(ranks.job)),
     )
+
+
+def _port(job: int | None) -> int:
+    """The port of a run's rank 0; any that is free where nobody else has to know it."""
+    if job is not None:
+        return _FIRST_PORT + job % _PORTS
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _from_open_mpi(variables: Mapping[str, str]) -> _Ranks | None:
@@ -104,6 +124,13 @@ def _from_open_mpi(variables: Mapping[str, str]) -> _Ranks | None:
     )
 
 
+def _by_itself(variables: Mapping[str, str]) -> _Ranks | None:
+    """A process without a launcher, or ``None`` if it may have one that is not read here."""
+    if any(name in variables for name in _OTHER_LAUNCHERS) or variables.get("SLURM_NTASKS", "1") != "1":
+        return None
+    return _ALONE
+
+
 def _from_slurm(variables: Mapping[str, str]) -> _Ranks | None:
     """What ``srun`` says, or ``None`` if it did not start this process."""
     # A batch script, which is no rank, has SLURM_PROCID and SLURM_NTASKS too; only in a step is the step's size known.
@@ -111,7 +138,7 @@ def _from_slurm(variables: Mapping[str, str]) -> _Ranks | None:
         return None
     size = _number(variables, "SLURM_STEP_NUM_TASKS")
     if size == 1:
-        return _Ranks("srun", 0, 1, 0, 1, None, 0)
+        return replace(_ALONE, launcher="srun")
     # The step may use fewer nodes than its job. Where srun itself ran is no answer: that may be a login node.
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
     needed = nodes and not variables.get("MASTER_ADDR")

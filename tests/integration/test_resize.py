@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -764,6 +764,10 @@ def test_the_command_refuses_in_one_sentence(base, saved, tmp_path, capsys):
     empty.write_text(" \n")
     with pytest.raises(SystemExit, match=r"^resize.py: rows = 36 is not .*multiple of adapter.num_experts = 5"):
         command.main(arguments("grow", base, former, tmp_path / "new", 36))
+    shutil.copytree(former.folder, tmp_path / "trainer" / "checkpoint-3")
+    (tmp_path / "trainer" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"no whole checkpoint in \S+trainer; there is one in \S+checkpoint-3$"):
+        command.main(arguments("grow", base, replace(former, folder=tmp_path / "trainer"), tmp_path / "new", 50))
     with pytest.raises(SystemExit, match=r"empty.txt is empty; give a file"):
         command.main(arguments("prune", base, former, tmp_path / "new", 20, "--text", str(empty)))
     with pytest.raises(SystemExit, match=r"absent.txt"):

@@ -46,3 +46,8 @@ def test_two_runs_train_are_asked_and_are_compared(tmp_path: Path) -> None:
         assert float(row["final_loss"]) == next(entry["loss"] for entry in reversed(history) if "loss" in entry)
         last = json.loads((folder / "evaluate.log").read_text().splitlines()[-1])
         assert float(row["exact_match"]) == last["train"]["exact_match"]
+    (named,) = [line for line in done.stdout.splitlines() if line.startswith("side by side: ")]
+    command = named.removeprefix("side by side: ").replace("meft-engine", f"{sys.executable} -m meft_engine", 1)
+    shown = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert shown.returncode == 0 and "2 runs" in shown.stdout, shown.stderr[-2000:]
+    assert (tmp_path / "out" / "report.html").is_file()

@@ -8,51 +8,16 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from finetune_arguments import DataArguments, Parser
 
 from meft_engine import cli
-
-ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *(
-        path
-        for folder in ("docs", "ds_configs", "launch", "benchmarks")
-        for path in sorted(ROOT.glob(f"{folder}/**/*.md"))
-    ),
-]
-
-ELSEWHERE = {
-    "srun": ("of Slurm, which the tests start themselves", "tests/cluster/test_slurm.py"),
-    "sbatch": ("of Slurm, which the tests start themselves", "tests/cluster/test_slurm.py"),
-    "mpirun": ("of Open MPI", "tests/cluster/test_open_mpi.py"),
-    "kubectl": (
-        "of Kubernetes, for a manifest that its schema allows",
-        "tests/unit/test_jobset.py",
-    ),
-    "accelerate": (
-        "runs a script through meft_engine.run as DeepSpeed's launcher does",
-        "tests/unit/test_launchers.py",
-    ),
-}
-"""Programs whose options are not read here: why, and the tests of what they start."""
+from tests.documents import ELSEWHERE, ROOT, commands, without_ellipses
 
 THEIRS = {"train.py", "package.train"}
 """Scripts and modules that stand for the reader's own."""
-
-
-def commands() -> Iterator[tuple[str, str]]:
-    """Where each command stands, and the command as one line."""
-    for path in DOCUMENTS:
-        text = path.read_text(encoding="utf-8")
-        for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            for line in block.replace("\\\n", " ").splitlines():
-                if shlex.split(line, comments=True):
-                    yield str(path.relative_to(ROOT)), " ".join(line.split())
 
 
 class _Parsed(Exception):
@@ -72,7 +37,7 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises for a command that could not be run as it stands."""
-    command = re.sub(r"(?<=\s)…(?=\s|$)", "", command)  # and so on
+    command = without_ellipses(command)
     first, pipe, after = command.partition(" | ")
     if pipe:
         check(first, monkeypatch)
@@ -87,6 +52,8 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         inner = re.search(r"python (-m \S+.*)$", command)
         if inner:
             check(inner[0], monkeypatch)
+    elif program == "accelerate":
+        check_accelerate(arguments, monkeypatch)
     elif program == "make":
         check_make(arguments, monkeypatch)
     elif program == "python":
@@ -174,6 +141,18 @@ def check_deepspeed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         check_python([found.user_script, *found.user_args], monkeypatch)
 
 
+def check_accelerate(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By accelerate's own parser of ``accelerate launch``; then the script and its options."""
+    from accelerate.commands import launch
+
+    assert arguments[0] == "launch"
+    with pytest.raises(_Parsed) as parsed:
+        launch.launch_command_parser().parse_args(arguments[1:])
+    found = parsed.value.args[0]
+    script = [found.training_script, *found.training_script_args]
+    check_python(["-m", *script] if found.module else script, monkeypatch)
+
+
 @pytest.mark.usefixtures("stop_after_parsing")
 @pytest.mark.parametrize(("place", "command"), list(commands()))
 def test_it_could_be_run_as_it_stands(place: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +170,7 @@ def test_it_could_be_run_as_it_stands(place: str, command: str, monkeypatch: pyt
         "python launch/evaluate.py --model MODEL",
         "python -m meft_engine.nothing",
         "python launch/generate.py --model MODEL --nothing 3",
+        "accelerate launch --nothing --module meft_engine.run train.py",
         "deepspeed --nothing launch/finetune.py --output_dir x",
         "deepspeed launch/finetune.py --model_name_or_path m --train_file f --output_dir x --deepspeed no.json",
         "deepspeed launch/finetune.py --model_name_or_path m --output_dir x --deepspeed ds_configs/meft_24gb.json",

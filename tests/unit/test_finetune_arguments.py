@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import finetune
 import pytest
 from data import DataError
@@ -66,3 +68,17 @@ def test_the_parsed_options_are_those_given() -> None:
     assert model.model_name_or_path == "m" and data.streaming and not data.packing and training.max_steps == 3
     with pytest.raises(DataError, match="--max_steps"):
         finetune.require_steps(Parser().parse([*GOOD, "--use_cpu"])[2], streaming=True)
+
+
+@pytest.mark.parametrize(("named", "used"), [("ds.json", True), (None, False)])
+def test_deepspeed_is_used_where_it_is_named(named: str | None, used: bool) -> None:
+    args = SimpleNamespace(deepspeed=named)
+    finetune.require_deepspeed(SimpleNamespace(args=args, is_deepspeed_enabled=used))
+
+
+def test_an_environment_that_leaves_deepspeed_out_is_refused() -> None:
+    accelerator = SimpleNamespace(distributed_type="MULTI_CPU")
+    trainer = SimpleNamespace(args=SimpleNamespace(deepspeed="ds.json"), is_deepspeed_enabled=False)
+    trainer.accelerator = accelerator
+    with pytest.raises(DataError, match=r"'ds.json' would not be used: .* MULTI_CPU .* unset ACCELERATE_USE_CPU"):
+        finetune.require_deepspeed(trainer)

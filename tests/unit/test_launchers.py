@@ -77,21 +77,42 @@ def test_ranks_of_mpirun():
 @pytest.mark.parametrize(
     "variables",
     [
-        pytest.param({}, id="no launcher"),
         pytest.param({**SLURM, "RANK": "0"}, id="RANK is set, Slurm"),
         pytest.param({**OPEN_MPI, "RANK": "0"}, id="RANK is set, Open MPI"),
         pytest.param({**SLURM, "RANK": "0", "WORLD_SIZE": "2", "SLURM_LOCALID": "9"}, id="whatever Slurm says"),
-        pytest.param({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, id="srun -n 1"),
-        pytest.param({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}, id="mpirun -n 1"),
-        pytest.param({**SLURM, **OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}, id="mpirun -n 1 in a Slurm job"),
         pytest.param(
             {name: value for name, value in SLURM.items() if "STEP" not in name},
-            id="a batch script",
+            id="a batch script of several tasks",
         ),
+        pytest.param({"PMI_SIZE": "4", "PMI_RANK": "1"}, id="Intel MPI or MPICH"),
+        pytest.param({"PMIX_RANK": "0"}, id="another launcher"),
     ],
 )
 def test_nothing_changes(variables):
     assert adopted(ANYTHING_ELSE, variables) == {}
+
+
+ONE = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+ONE |= {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        pytest.param({}, id="no launcher"),
+        pytest.param({"WORLD_SIZE": "1", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "3"}, id="a batch script of one task"),
+        pytest.param({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, id="srun -n 1"),
+        pytest.param({**OPEN_MPI, **ONE}, id="mpirun -n 1"),
+        pytest.param({**SLURM, **OPEN_MPI, **ONE}, id="mpirun -n 1 in a Slurm job"),
+    ],
+)
+def test_a_process_by_itself_is_rank_0_of_1(variables):
+    found = adopted(ANYTHING_ELSE, variables)
+    assert 1024 <= int(found.pop("MASTER_PORT")) < 65536
+    one = dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"), "1")
+    assert {**variables, **found} == {**variables, **one, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    ports = {adopted(ANYTHING_ELSE)["MASTER_PORT"] for _ in range(3)}
+    assert all(1024 <= int(port) < 65536 for port in ports), "one that is free"
 
 
 @pytest.mark.parametrize("launcher", [SLURM, OPEN_MPI], ids=["srun", "mpirun"])
@@ -159,6 +180,7 @@ def test_mpirun_in_a_slurm_job_is_open_mpis():
     [
         ({**OPEN_MPI, **SEVERAL_HOSTS}, "mpirun started 4 ranks and does not say on which host rank 0 is; set MASTER_"),
         ({**SLURM, "SLURM_STEP_NODELIST": None, "SLURM_JOB_NODELIST": None}, "srun started 5 ranks and does not say"),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE is 8, but python started 1 ranks; unset WORLD_SIZE"),
         ({**SLURM, "WORLD_SIZE": "8"}, "WORLD_SIZE is 8, but srun started 5 ranks; unset WORLD_SIZE"),
         ({**SLURM, "SLURM_PROCID": "5"}, "srun says rank 5 of 5 and local rank 1 of 2, which contradict"),
         ({**SLURM, "SLURM_LOCALID": "2"}, "local rank 2 of 2, which contradict"),
