@@ -292,19 +292,21 @@ class MeftEngine(DeepSpeedEngine):
             CheckpointSaveError: if it could not be written, or the one before in the background could not.
         """
         engine_state.require_boundary(self._window_micro_steps, self.gradient_accumulation_steps())
-        self.synchronize_rows()
-        self._saver.save(
-            Path(save_dir),
-            str(tag) if tag is not None else f"global_step{self.global_steps}",
-            save_latest=save_latest,
-            write_deepspeed=lambda partial: super(MeftEngine, self).save_checkpoint(
-                save_dir,
-                partial,
-                client_state=client_state or {},
-                save_latest=False,
-                exclude_frozen_parameters=exclude_frozen_parameters or not self.meft_config.checkpoint.save_base,
-            ),
-        )
+        use_clock(self.phases)
+        with phase("save"):
+            self.synchronize_rows()
+            self._saver.save(
+                Path(save_dir),
+                str(tag) if tag is not None else f"global_step{self.global_steps}",
+                save_latest=save_latest,
+                write_deepspeed=lambda partial: super(MeftEngine, self).save_checkpoint(
+                    save_dir,
+                    partial,
+                    client_state=client_state or {},
+                    save_latest=False,
+                    exclude_frozen_parameters=exclude_frozen_parameters or not self.meft_config.checkpoint.save_base,
+                ),
+            )
         return True
 
     @_needs_block

@@ -108,10 +108,31 @@ def exact_match(runs: Sequence[Run]) -> Chart | None:
             series.append((_keys(runs, index, parts, part), list(found), list(found.values())))
     chart = _over_steps("exact-match", "Exact match", series, words.plain, axis=of_share)
     if chart is not None:
+        if len(runs) > 1 and len({step for _, steps, _ in series for step in steps}) == 1:
+            _as_bars(chart, runs, sets, parts)
         counts = {name: r["count"] for run in runs for name in sets for r in run.scores().get(name, {}).values()}
         asked = ", ".join(f"{counts[name]} of {label}" for name, label in zip(sets, parts, strict=True))
         chart.about = f"Share of the questions whose greedy answer is the true one: {asked}."
     return chart
+
+
+def _as_bars(chart: Chart, runs: Sequence[Run], sets: Sequence[str], parts: Sequence[str]) -> None:
+    """Draw what was asked once, at the same step, with a bar for each run and set of questions."""
+    thick = 0.8 / len(sets)
+
+    def draw(axes: Axes) -> None:
+        for part, name in enumerate(sets):
+            for at, run in enumerate(runs):
+                for result in run.scores().get(name, {}).values():
+                    value, y = run_log.number(result["exact_match"]), at - 0.4 + (part + 0.5) * thick
+                    axes.barh(y, value, 0.86 * thick, color=LIGHT[color_of_run(part)])
+                    axes.annotate(f" {value:.3f}", (value, y), va="center", fontsize=8, color=LIGHT["muted"])
+        runs_axis(axes, [run.name for run in runs])
+        axes.set_xlim(0, 1.13)
+        axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+    chart.draw, chart.height = draw, max(1.6, 0.5 + max(0.42, 0.22 * len(sets)) * len(runs))
+    chart.legend = [Key(part, color_of_run(at), filled=True) for at, part in enumerate(parts)] if len(sets) > 1 else []
 
 
 def figure_over_steps(
@@ -156,6 +177,11 @@ def phase_seconds(run: Run) -> dict[str, float]:
     names = [name for name in words.PHASES if any(f"seconds/{name}" in r["figures"] for r in records)]
     of_name = {n: [run_log.number(r["figures"].get(f"seconds/{n}", 0.0)) for r in records] for n in names}
     return {name: sum(values) / len(values) for name, values in of_name.items()}
+
+
+def step_seconds(run: Run) -> float:
+    """Mean seconds of a step, without those of saving."""
+    return sum(seconds for name, seconds in phase_seconds(run).items() if name != "save")
 
 
 def time_by_phase(runs: Sequence[Run]) -> Chart | None:
@@ -220,10 +246,18 @@ def _phases_say(run: Run, means: dict[str, float]) -> str:
 
 def runs_axis(axes: Axes, names: Sequence[str], most: int = 22) -> None:
     """Names from top to bottom beside horizontal bars."""
-    axes.set_yticks(range(len(names)), [name if len(name) <= most else f"…{name[1 - most :]}" for name in names])
+    axes.set_yticks(range(len(names)), [shortened(name, most) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
+
+
+def shortened(name: str, most: int) -> str:
+    """Its beginning and its end: runs of a sweep have their number there, those of a person's their difference here."""
+    if len(name) <= most:
+        return name
+    end = most // 3
+    return f"{name[: most - end - 1]}…{name[-end:]}"
 
 
 def memory(runs: Sequence[Run], place: str) -> Chart | None:

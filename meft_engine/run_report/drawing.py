@@ -25,7 +25,14 @@ LIGHT = {
     **{"run4": "#a87400", "run5": "#2e93c9", "run6": "#7b4fa3", "run7": "#4f5b66"},
     **{"forward": "#08519c", "route": "#3182bd", "gather": "#6baed6", "combine": "#a6cfe8"},
     **{"backward": "#a63603", "row_gradients": "#f08438", "exchange": "#8c2d82"},
-    **{"norm": "#00662a", "optimizer": "#31a354", "update": "#a1d99b", "wait": "#e3b505", "other": "#98a1ab"},
+    **{
+        "norm": "#00662a",
+        "optimizer": "#31a354",
+        "update": "#a1d99b",
+        "wait": "#e3b505",
+        "save": "#5b4a8a",
+        "other": "#98a1ab",
+    },
     **{"load0": "#7f3b08", "load1": "#b35806", "load2": "#e08214", "load3": "#fdc98a", "load4": "#eef0f2"},
     **{"load5": "#c3d9ec", "load6": "#7fb2d9", "load7": "#2f7fbc", "load8": "#08306b"},
 }
@@ -35,7 +42,14 @@ DARK = {
     **{"run4": "#f0b93a", "run5": "#a5dcff", "run6": "#b99be0", "run7": "#b4bdc7"},
     **{"forward": "#2f6fbd", "route": "#4f9ad6", "gather": "#82bfe6", "combine": "#bfe0f5"},
     **{"backward": "#c2571a", "row_gradients": "#ff9f57", "exchange": "#c06ab8"},
-    **{"norm": "#2a8f4f", "optimizer": "#4fbf75", "update": "#b2e3ab", "wait": "#f0c93c", "other": "#6d7681"},
+    **{
+        "norm": "#2a8f4f",
+        "optimizer": "#4fbf75",
+        "update": "#b2e3ab",
+        "wait": "#f0c93c",
+        "save": "#8f7cc4",
+        "other": "#6d7681",
+    },
     **{"load0": "#ffdfb5", "load1": "#f7a94f", "load2": "#c97a22", "load3": "#6e4a22", "load4": "#2a3038"},
     **{"load5": "#26465f", "load6": "#2f6ea3", "load7": "#62aee6", "load8": "#cfe9ff"},
 }

@@ -203,7 +203,7 @@ def _tiles(run: Run) -> str:
         first, last = run.figure("loss")[1][0], run.last("loss")
         tile("loss", cell(last, words.plain), f"{words.plain(first)} at the first reading")
     if run.steps:
-        seconds = sum(charts.phase_seconds(run).values())
+        seconds = charts.step_seconds(run)
         typical = run.report.get("seconds_per_step")
         if seconds or typical:
             kind = "median" if typical else "mean"

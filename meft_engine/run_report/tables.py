@@ -49,7 +49,7 @@ def runs_table(runs: Sequence[Run], now: float) -> str:
             )
             for name in sets
         ),
-        ("a step", lambda run: sum(charts.phase_seconds(run).values()) or None, words.duration),
+        ("a step", lambda run: charts.step_seconds(run) or None, words.duration),
         ("parameters", lambda run: run.start.get("adapter_parameters"), words.count),
         ("host", lambda run: sum(run.memory[-1]["host"].values()) if run.memory else None, words.size),
         ("device", lambda run: sum(run.memory[-1]["device"].values()) if run.memory else None, words.size),

@@ -120,6 +120,17 @@ def test_exposed_phases_sum_to_the_step(overlap):
         assert "wait" not in seconds, "a phase that a path does not have is absent"
 
 
+def test_a_checkpoint_is_no_part_of_other_phases(tmp_path):
+    engine = make_engine()
+    train_step(engine, [batch(1)])
+    window, start = Window(engine), time.perf_counter()
+    engine.save_checkpoint(str(tmp_path))
+    spent = time.perf_counter() - start
+    train_step(engine, [batch(2)])
+    found = window.read()
+    assert found["seconds/save"] == pytest.approx(spent, rel=0.1) and found["seconds/other"] < spent / 2
+
+
 def test_waiting_for_an_update_shows_as_such():
     engine = make_engine(sections={"optimizer": {"overlap": True}})
     train_step(engine, [batch(1)])

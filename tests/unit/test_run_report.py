@@ -16,8 +16,8 @@ import pytest
 
 from meft_engine import run_log
 from meft_engine.cli import main
+from meft_engine.run_report import charts, words
 from meft_engine.run_report import page as page_module
-from meft_engine.run_report import words
 from meft_engine.run_report.drawing import DARK, LIGHT
 from meft_engine.run_report.layer_charts import relative_loads
 from meft_engine.run_report.reader import differing, names_of, read_run
@@ -362,3 +362,48 @@ def test_the_command_starts_without_what_it_does_not_need(tmp_path):
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert ended.stdout.strip() == "[]", ended.stdout + ended.stderr
+
+
+# --- many runs
+
+
+def asked_once(folder: Path, score: float) -> Path:
+    """A run that ``evaluate.py`` was asked about after training alone, and that saves half the time."""
+    run_log.append(folder, "start", **start_of())
+    for step in (10, 20, 30):
+        write_reading(folder, step, step * 1.5, **{"seconds/backward": 0.2, "seconds/save": 0.6})
+    results = {name: {"exact_match": value, "f1": 1.0, "count": 8} for name, value in (("a", score), ("b", 1.0))}
+    run_log.append(folder, "evaluation", model="a model", adapter="a", results=results, step=30)
+    return folder
+
+
+def test_what_was_asked_once_has_a_bar_for_each_run(tmp_path):
+    runs = [read_run(asked_once(tmp_path / f"{n}", n / 4), f"{n}") for n in range(3)]
+    chart = charts.exact_match(runs)
+    (axes,) = chart.figure().axes
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == [0, 0.25, 0.5, 1, 1, 1] and not len(axes.lines)
+    assert [key.label for key in chart.legend] == ["a", "b"]
+    write_run(tmp_path / "3")
+    chart = charts.exact_match([*runs, read_run(tmp_path / "3", "3")])
+    assert len(chart.figure().axes[0].lines), "a run that was asked twice has a line"
+
+
+def test_saving_is_no_part_of_a_step(tmp_path):
+    runs = [asked_once(tmp_path / name, 0.5) for name in "ab"]
+    found = report(*runs, output=tmp_path / "report.html")
+    (_, header, first, _) = found.tables["runs"]
+    assert first[-len(header) :][header.index("a step")] == pytest.approx(0.61)
+    assert ["saving checkpoints", 0.6, 0.6] in found.tables["phases"]
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("baseline", "baseline"),
+        ("000-rows2048-learning_rate0.0005-seed0", "000-rows2048-l…5-seed0"),
+        ("experiments-of-tuesday-a", "experiments-of…esday-a"),
+    ],
+)
+def test_a_long_name_keeps_its_beginning_and_its_end(name, short):
+    assert charts.shortened(name, 22) == short and len(short) <= 22
