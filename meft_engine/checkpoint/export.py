@@ -15,6 +15,7 @@ from meft_engine.checkpoint.saved_adapter import CONFIG_FILE, INDEX_FILE, PEFT_T
 from meft_engine.checkpoint.tensor_files import Described, SafetensorsStream, WrittenFile
 from meft_engine.offload.memory import pieces
 from meft_engine.offload.tensor import PartiallyOffloadedTensor
+from meft_engine.phases import phase
 from meft_kernels import planes
 
 _STEM = WEIGHTS_FILE.partition(".")[0]
@@ -22,6 +23,7 @@ MAX_FILE_BYTES = 5 * 10**9
 """As PEFT and transformers split files; a table is never split."""
 
 
+@phase("save")
 def save_adapter(
     attached: AttachedAdapters,
     folder: Path,

@@ -126,7 +126,8 @@ def _as_bars(chart: Chart, runs: Sequence[Run], sets: Sequence[str], parts: Sequ
                 for result in run.scores().get(name, {}).values():
                     value, y = run_log.number(result["exact_match"]), at - 0.4 + (part + 0.5) * thick
                     axes.barh(y, value, 0.86 * thick, color=LIGHT[color_of_run(part)])
-                    axes.annotate(f" {value:.3f}", (value, y), va="center", fontsize=8, color=LIGHT["muted"])
+                    beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+                    axes.annotate(f"{value:.3f}", (value, y), fontsize=8, color=LIGHT["muted"], **beside)
         runs_axis(axes, [run.name for run in runs])
         axes.set_xlim(0, 1.13)
         axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])

@@ -18,7 +18,7 @@ PHASES = {
     "optimizer": "DeepSpeed's optimizer",
     "update": "row update",
     "wait": "waiting for rows",
-    "save": "saving checkpoints",
+    "save": "saving",
     "other": "data and script",
 }
 """Of a step, in the order in which they are stacked."""

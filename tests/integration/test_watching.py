@@ -125,6 +125,7 @@ def test_a_checkpoint_is_no_part_of_other_phases(tmp_path):
     train_step(engine, [batch(1)])
     window, start = Window(engine), time.perf_counter()
     engine.save_checkpoint(str(tmp_path))
+    engine.save_adapter(tmp_path / "adapter")
     spent = time.perf_counter() - start
     train_step(engine, [batch(2)])
     found = window.read()

@@ -394,7 +394,7 @@ def test_saving_is_no_part_of_a_step(tmp_path):
     found = report(*runs, output=tmp_path / "report.html")
     (_, header, first, _) = found.tables["runs"]
     assert first[-len(header) :][header.index("a step")] == pytest.approx(0.61)
-    assert ["saving checkpoints", 0.6, 0.6] in found.tables["phases"]
+    assert ["saving", 0.6, 0.6] in found.tables["phases"]
 
 
 @pytest.mark.parametrize(
