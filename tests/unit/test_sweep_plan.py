@@ -162,12 +162,12 @@ def test_the_example_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.chdir(tmp_path)
     assert sweep.main(["launch/sweeps/demo.yaml", "--output", "runs/sweep", "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "005-rows8192-learning_rate0.00125-seed0" in printed and "6 runs; nothing was started" in printed
+    assert "005-rows4096-learning_rate0.00125-seed0" in printed and "6 runs; nothing was started" in printed
     broken = Path("launch/sweeps/demo.yaml").read_text().replace("max_steps: 12", "max_stepps: 12")
     Path("broken.yaml").write_text(broken)
     assert sweep.main(["broken.yaml", "--output", "runs/sweep"]) == 2
     *_, told = capsys.readouterr().err.splitlines()
-    assert told.startswith("sweep.py: run rows2048") and "did you mean --max_steps?" in told
+    assert told.startswith("sweep.py: run rows1024") and "did you mean --max_steps?" in told
 
 
 def test_names_of_folders_need_no_quoting(tmp_path: Path) -> None:
