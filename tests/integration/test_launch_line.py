@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import meft_engine
 from tests.families import tiny_block
 from tests.integration.engines import differing, largest_difference
 from tests.integration.processes import SCRIPTS, start_jobs, wait_for
-from tests.sweep_materials import write_model
+from tests.ports import free_port
+from tests.sweep_materials import write_materials, write_model
 
 pytest.importorskip("trl")
 
@@ -215,3 +219,17 @@ def test_the_loop_learns(folder):
     with_adapter, everything = curve[:12], curve[12:]
     assert len(everything) == 12 and with_adapter[0] == everything[0]
     assert sum(with_adapter[-4:]) < sum(with_adapter[:4]) - 1 and with_adapter != everything
+
+
+def test_fine_tuning_does_not_begin_where_accelerate_would_leave_deepspeed_out(tmp_path):
+    write_materials(tmp_path)
+    options = {"model_name_or_path": "model", "train_file": "train.jsonl", "output_dir": "out", "deepspeed": "ds.json"}
+    command = [sys.executable, str(FINETUNE), *(part for key, value in options.items() for part in (f"--{key}", value))]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
+    done = subprocess.run(
+        [*command, "--use_cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1 and "finetune.py: deepspeed = 'ds.json' would not be used" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
