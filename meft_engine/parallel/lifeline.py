@@ -103,7 +103,8 @@ class Lifeline:
         self._listener, self._wake = listener, ()
         self._thread: threading.Thread | None = None
         if len(self._names) > 1:
-            self._start(address)
+            with _connecting:
+                self._start(address)
         elif listener is not None:
             listener.close()
 
@@ -273,17 +274,17 @@ class Lifeline:
         with suppress(BlockingIOError):
             for _ in range(64):
                 try:
-                    connection, _ = self._listener.accept()
+                    with _connecting:
+                        connection, _ = self._listener.accept()
+                        self._strangers.append(Peer(None, connection))
                 except BlockingIOError:
                     raise
                 except OSError:  # such as too many open files; without a pause this would be tried without end
                     time.sleep(self._tick)
                     return
-                if len(self._strangers) > len(self._names) + 64:
-                    connection.close()
-                    continue
-                self._strangers.append(Peer(None, connection))
                 self._selector.register(connection, selectors.EVENT_READ, self._strangers[-1])
+                if len(self._strangers) > len(self._names) + 65:
+                    self._drop(self._strangers[-1])
 
     def _drop(self, peer: Peer) -> None:
         self._selector.unregister(peer.connection)
@@ -317,8 +318,8 @@ class Lifeline:
         if not known or expected is None or expected.connection is not None or expected.ended_at is not None:
             self._drop(stranger)
             return
-        self._strangers.remove(stranger)
         self._peers[rank], stranger.rank = stranger, rank
+        self._strangers.remove(stranger)  # after that, so that a forked child finds it in one of them
         if self._verdict is not None:
             stranger.send(encode("verdict", text=self._verdict, delay=self._limit))
         elif self._ends_well():
@@ -364,14 +365,17 @@ class Lifeline:
 
 # Weak, because nothing can be unregistered from what runs after a fork.
 _lifelines: weakref.WeakSet[Lifeline] = weakref.WeakSet()
+# Held while a connection is open that no lifeline has noted yet: a child forked then could not close it.
+_connecting = threading.Lock()
 
 
 def _forget_in_child() -> None:
+    _connecting.release()
     for lifeline in list(_lifelines):
         lifeline._forget()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(before=_connecting.acquire, after_in_parent=_connecting.release, after_in_child=_forget_in_child)
 
 
 def _last_error() -> BaseException | None:

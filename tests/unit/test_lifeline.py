@@ -316,6 +316,32 @@ def test_forked_child_does_not_hide_the_death_of_its_rank(job: Job, lost: int) -
     os.kill(int(job.log(lost).split()[-1]), 0)  # the child is still there
 
 
+def test_child_forked_while_a_connection_is_accepted_does_not_hide_the_death_of_its_rank(job: Job) -> None:
+    # The system has made the connection, and the thread that takes it does not get to run until the child is there.
+    forks = """
+accept = socket.socket.accept
+def accept_slowly(listener):
+    accepted = accept(listener)
+    open("accepted", "w").close()
+    time.sleep(2)
+    return accepted
+socket.socket.accept = accept_slowly
+print("ready", flush=True)
+while not os.path.exists("accepted"): time.sleep(0.01)
+print('child', pid, flush=True) if (pid := os.fork()) else None; time.sleep(60)
+"""
+    job.start(forks, None, timeout=60)
+    wait_until(lambda: "ready" in job.log(0), 60)
+    with socket.create_connection(("127.0.0.1", job.port), timeout=10) as connection:
+        connection.sendall(json.dumps({"kind": "hello", "rank": 1, "token": TOKEN}).encode() + b"\n")
+        wait_until(lambda: "child" in job.log(0), 60)
+        job.signal(signal.SIGKILL, 0)
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(4096):
+                pass
+    os.kill(int(job.log(0).split()[-1]), 0)  # the child is still there
+
+
 def test_end_of_a_forked_child_is_nothing(job: Job) -> None:
     forks = "os.waitpid(pid, 0) if (pid := os.fork()) else sys.exit(0); time.sleep(0.5); lifeline.check()"
     job.start("time.sleep(0.5); lifeline.check()", forks)
