@@ -2,7 +2,7 @@
 
 | format            | columns                                    | the loss is on                              |
 |-------------------|--------------------------------------------|---------------------------------------------|
-| prompt_completion | prompt, completion (of a list, the first)   | the completion                              |
+| prompt_completion | prompt, completion (of a list, the first)  | the completion                              |
 | alpaca            | instruction, input (may be empty), output  | the output                                  |
 | messages          | messages, or conversations (ShareGPT)      | what the assistant says                     |
 | text              | text                                       | everything; texts are packed into blocks    |
@@ -119,10 +119,7 @@ class Encoder:
 
     def _require(self, columns: list[str]) -> None:
         needed = {
-            "prompt_completion": {
-                self.columns.prompt: "--prompt_column",
-                self.columns.completion: "--completion_column",
-            },
+            "prompt_completion": _pair_flags(self.columns),
             "alpaca": {"instruction": None, "output": None},
             "messages": {_messages_column(columns, self.columns): "--messages_column"},
             "text": {self.columns.text: "--text_column"},
@@ -199,17 +196,20 @@ class Encoder:
         return _text(example, column, f"example {index + 1} of {self.name}")
 
 
-def pairs(examples: Dataset, name: str) -> list[tuple[str, str]]:
-    """Prompts and completions as they are, for those who ask rather than train.
+def questions(examples: Dataset, name: str, columns: Columns) -> list[tuple[str, list[str]]]:
+    """Each prompt as it is, and its right answers: the completion, or all of a list.
 
     Raises:
         DataError: for a column that is missing or an example without one of them.
     """
-    _require_columns(examples.column_names, {"prompt": None, "completion": None}, name)
-    return [
-        tuple(_text(example, column, f"example {index + 1} of {name}") for column in ("prompt", "completion"))
-        for index, example in enumerate(examples)
-    ]
+    _require_columns(examples.column_names, _pair_flags(columns), name)
+    found = []
+    for index, example in enumerate(examples):
+        where, answers = f"example {index + 1} of {name}", example[columns.completion]
+        right = answers if isinstance(answers, list) and answers else [answers]
+        texts = [_text({columns.completion: answer}, columns.completion, where) for answer in right]
+        found.append((_text(example, columns.prompt, where), texts))
+    return found
 
 
 def detect(columns: list[str], names: Columns, source: str) -> str:
@@ -241,6 +241,10 @@ def encode_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
     prompt_ids = tokenizer(prompt)["input_ids"]
     completion_ids = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return {"input_ids": prompt_ids + completion_ids, "labels": [IGNORED] * len(prompt_ids) + completion_ids}
+
+
+def _pair_flags(columns: Columns) -> dict[str, str]:
+    return {columns.prompt: "--prompt_column", columns.completion: "--completion_column"}
 
 
 def _require_columns(columns: list[str], needed: Mapping[str, str | None], name: str) -> None:

@@ -59,8 +59,9 @@ def greedy_answers(
     batch_size: int = 64,
     max_new_tokens: int = 16,
     description: str = "Answering",
+    one_line: bool = True,
 ) -> list[str]:
-    """The model's answer to each prompt, in the order of the prompts; an answer ends at the end of its line.
+    """The model's answer to each prompt, in the order of the prompts; an answer of one line ends at the end of it.
 
     Prompts are padded on the left, so that all answers of a batch start at the same position, and sorted by length, so
     that little is padded.
@@ -77,5 +78,5 @@ def greedy_answers(
         )
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text.strip().partition("\n")[0].strip()
+            answers[i] = text.strip().partition("\n")[0].strip() if one_line else text.strip()
     return answers

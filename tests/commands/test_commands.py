@@ -43,7 +43,9 @@ def lines(path: Path, records: list[dict]) -> None:
 def write_datasets(folder: Path) -> None:
     """Natural Questions and GSM8K, as the hub has them: what a column holds, names of splits and of configurations."""
     answers = [{"question": line["prompt"], "answer": [line["completion"]]} for line in QUESTIONS]
-    solved = [{"question": line["prompt"], "answer": line["completion"]} for line in QUESTIONS]
+    solved = [
+        {"question": line["prompt"], "answer": f"{line['completion']} #### {i}"} for i, line in enumerate(QUESTIONS)
+    ]
     for name, records, splits in (
         ("google-research-datasets/nq_open", answers, ("train", "validation")),
         ("openai/gsm8k", solved, ("train", "test")),

@@ -18,7 +18,7 @@ import torch
 from collator import IGNORED, Collator
 from data import DataError, Source, columns_of, hold_out, read
 from finetune_arguments import Parser
-from formats import Columns, Encoder, detect, encode_pair, pairs
+from formats import Columns, Encoder, detect, encode_pair, questions
 from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -362,10 +362,17 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
         Encoder(bare, "text", "data", 8)
 
 
-def test_pairs_are_read_as_they_are(tmp_path: Path) -> None:
-    assert pairs(read(Source(str(as_jsonl(tmp_path)))), "data") == [tuple(row.values()) for row in ROWS]
+def test_questions_are_read_as_they_are(tmp_path: Path) -> None:
+    asked = questions(read(Source(str(as_jsonl(tmp_path)))), "data", Columns())
+    assert asked == [(row["prompt"], [row["completion"]]) for row in ROWS]
+    several = datasets.Dataset.from_list([{"q": " x", "a": ["1 ", "2"]}, {"q": "y", "a": ["3"]}])
+    assert questions(several, "data", Columns("q", "a")) == [(" x", ["1 ", "2"]), ("y", ["3"])]
     with pytest.raises(DataError, match="has no column 'completion'"):
-        pairs(datasets.Dataset.from_list([{"prompt": "x"}]), "data")
+        questions(datasets.Dataset.from_list([{"prompt": "x"}]), "data", Columns())
+    for wrong in ([], ["1", ""], ["1", None]):
+        with pytest.raises(DataError, match="example 2 of data has "):
+            examples = [{"prompt": "x", "completion": ["1"]}, {"prompt": "x", "completion": wrong}]
+            questions(datasets.Dataset.from_list(examples), "data", Columns())
 
 
 # --- lengths, batches

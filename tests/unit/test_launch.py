@@ -15,7 +15,7 @@ import inference
 import model_zoo
 import pytest
 import torch
-from scoring import exact_match, normalize, score, token_f1
+from scoring import exact_match, final_number, normalize, score, token_f1
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -49,9 +49,44 @@ def test_scores() -> None:
     assert token_f1("New York City", "York New") == pytest.approx(0.8)
     assert token_f1("bern bern", "bern") == pytest.approx(2 / 3)
     assert token_f1("", "bern") == 0 and token_f1("the", "a") == 1
-    assert score(["Bern", "x y"], ["bern", "y"]) == {"exact_match": 0.5, "f1": pytest.approx(5 / 6), "count": 2}
+    assert score(["Bern", "x y"], [["bern"], ["y"]]) == {"exact_match": 0.5, "f1": pytest.approx(5 / 6), "count": 2}
     with pytest.raises(ValueError, match="no answer to score"):
         score([], [])
+
+
+def test_the_best_of_several_right_answers_counts() -> None:
+    truths = ("New York", "the Big Apple")
+    assert [exact_match(said, *truths) for said in ("big apple", "new york", "york")] == [1, 1, 0]
+    assert token_f1("york city", *truths) == 0.5 and token_f1("big", *truths) == pytest.approx(2 / 3)
+    assert score(["big apple", "York"], [truths, truths]) == {
+        "exact_match": 0.5,
+        "f1": pytest.approx(5 / 6),
+        "count": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("solution", "number"),
+    [
+        ("3 * 6 = 18\n#### 18", "18"),
+        ("She pays $1,000.50.", "1000.5"),
+        ("from 10-5, so -3", "-3"),
+        ("about 10-5", "5"),
+        (".5 of 007", "7"),
+        ("-0.0", "0"),
+        ("1,200,", "1200"),
+        ("none", ""),
+    ],
+)
+def test_the_last_number_of_a_solution(solution: str, number: str) -> None:
+    assert final_number(solution) == number
+
+
+def test_numbers_differ_by_their_sign_and_point() -> None:
+    assert exact_match("3.5", "35") == exact_match("-18", "18") == 1  # as SQuAD has it
+    assert exact_match("= 3.5", "35", form=final_number) == exact_match("-18", "18", form=final_number) == 0
+    assert exact_match("no idea", "18", form=final_number) == token_f1("no idea", "18", form=final_number) == 0
+    assert exact_match("so 18.0 it is", "#### 18", form=final_number) == 1
 
 
 def test_two_data_files_of_one_name_are_refused(capsys: pytest.CaptureFixture) -> None:
@@ -86,6 +121,41 @@ def test_results_go_to_the_log_of_a_run(state: bool, tmp_path: Path, monkeypatch
     assert [record["results"] for record in found] == [expected] * 2
 
 
+def test_every_right_answer_counts_and_solutions_by_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked, said = [], tmp_path / "said.jsonl"
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: (None, None))
+
+    def ask(answers: list[str], examples: list[dict], *arguments: str) -> tuple[dict, list[dict]]:
+        questions = tmp_path / "set.jsonl"
+        questions.write_text("\n".join(map(json.dumps, examples)))
+        monkeypatch.setattr(evaluate, "greedy_answers", lambda *args: asked.append(args) or answers)
+        options = ["--data", str(questions), "--prompt_column", "question", "--completion_column", "answer"]
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate.py", "--model", "m", *options, "--predictions", str(said), *arguments]
+        )
+        evaluate.main()
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])["set"]
+        return result, [json.loads(line) for line in said.read_text().splitlines()]
+
+    several = [{"question": "a", "answer": ["Bern", " Berne"]}, {"question": "b", "answer": ["Thun"]}]
+    result, records = ask(["berne", "Chur"], several)
+    assert result == {"exact_match": 0.5, "f1": 0.5, "count": 2}
+    assert [(record["truth"], record["correct"]) for record in records] == [(["Bern", "Berne"], True), ("Thun", False)]
+    solved = [{"question": "a", "answer": "2 + 3 = 5\n#### 5"}, {"question": "b", "answer": "#### 1,000"}]
+    result, records = ask(["it is\n5.", "so 100"], solved, "--final_number")
+    assert result["exact_match"] == 0.5 and [record["correct"] for record in records] == [True, False]
+    # How many tokens, and whether an answer ends at the end of its line.
+    assert [(call[4], call[6]) for call in asked] == [(16, True), (256, False)]
+    with pytest.raises(SystemExit, match=r"example 2 of data .* has no number in 'answer'"):
+        ask([], [solved[0], {"question": "b", "answer": "none"}], "--final_number")
+    with pytest.raises(SystemExit, match=r"example 1 of data .* has no 'answer'"):
+        ask([], [{"question": "b", "answer": ["Bern", " "]}])
+    with pytest.raises(SystemExit, match="no column 'question'.*--prompt_column"):
+        ask([], [{"prompt": "b", "answer": "5"}])
+
+
 # Answers
 
 
@@ -99,6 +169,25 @@ def test_answers_come_in_the_order_of_the_prompts(tokenizer: PreTrainedTokenizer
     alone = [inference.greedy_answers(model, tokenizer, [p], batch_size=1, max_new_tokens=4)[0] for p in prompts]
     assert together == alone
     assert any(together)
+
+
+def test_answers_of_several_lines_are_kept_where_they_are_asked_for() -> None:
+    class Speaker:
+        device, pad_token_id = "cpu", 0
+
+        def __call__(self, texts: list[str], **options: object) -> dict[str, torch.Tensor]:
+            ids = torch.zeros(len(texts), 1, dtype=torch.long)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+        def generate(self, input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+            return input_ids
+
+        def batch_decode(self, ids: torch.Tensor, **options: object) -> list[str]:
+            return ["\n first \nlast \n"] * len(ids)
+
+    speaker = Speaker()
+    assert inference.greedy_answers(speaker, speaker, ["a"]) == ["first"]
+    assert inference.greedy_answers(speaker, speaker, ["a"], one_line=False) == ["first \nlast"]
 
 
 # Facts
