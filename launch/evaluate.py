@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from data import DataError, Source, read
@@ -27,9 +28,9 @@ from scoring import exact_match, final_number, normalize, score
 from meft_engine import run_log
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; refuses data files whose results would carry the same name."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder or hub name of the base model")
     parser.add_argument("--adapter", help="folder of a saved adapter; without it the base model is measured")
     parser.add_argument("--data", nargs="+", required=True, help="files, folders or datasets of the hub")
@@ -43,6 +44,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is native")
     parser.add_argument("--predictions", type=Path, help="file to write every prompt, answer and truth to (JSON lines)")
     parser.add_argument("--log", type=Path, metavar="RUN", help="folder of a run whose log gets the result")
+    return parser
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
+    """The command line; refuses data files whose results would carry the same name."""
+    parser = parser or make_parser()
     args = parser.parse_args(argv)
     stems = [Path(path).stem for path in args.data]
     if len(set(stems)) < len(stems):

@@ -147,6 +147,13 @@ class Evaluate(_Section):
             raise ValueError(f"{[str(path) for path in data]} has two files of one stem; results are listed by stem")
         return [path.resolve() for path in data]
 
+    @field_validator("arguments")
+    @classmethod
+    def _allowed(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in {"model", "adapter", "data", "log", "predictions"} & arguments.keys():
+            raise ValueError(f"{name} is set by the sweep; leave it out")
+        return arguments
+
 
 class SweepFile(_Section):
     """The whole file."""

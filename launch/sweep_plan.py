@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data import DataError
 from sweep_file import ARGUMENTS, SweepFile
@@ -20,7 +20,7 @@ from sweep_file import ARGUMENTS, SweepFile
 from meft_engine.checkpoint.folders import PARTIAL, write_text
 from meft_engine.config import BLOCK, MeftConfigError, find_block
 
-CONFIG, ARGUMENTS_FILE = "ds_config.json", "arguments.json"
+CONFIG, ARGUMENTS_FILE, ANSWERS = "ds_config.json", "arguments.json", "answers.jsonl"
 SEED_KEYS = (f"{ARGUMENTS}seed", f"{BLOCK}.adapter.seed")
 
 FOLLOWS = {
@@ -150,7 +150,7 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Validate the JSON of every run, and parse its arguments as ``finetune.py`` does.
+    """Validate the JSON of every run, parse its arguments as ``finetune.py`` does, and read what it is asked then.
 
     Raises:
         DataError: one sentence that names the run, the field, the value and the remedy.
@@ -165,6 +165,23 @@ def check(runs: Sequence[Run]) -> None:
                 parser.parse([*command_options(run, "runs/checked"), *_anywhere()])
         except (DataError, MeftConfigError) as error:
             raise DataError(f"run {run.name}: {error}") from None
+    if runs and runs[0].evaluate is not None:  # that of all
+        _check_evaluation(runs[0])
+
+
+def _check_evaluation(run: Run) -> None:
+    import evaluate
+
+    parser = evaluate.make_parser()
+    parser.error = _refuse
+    try:
+        evaluate.load_questions(evaluate.parse_arguments(evaluation_options(run, "runs/checked"), parser))
+    except DataError as error:
+        raise DataError(f"evaluate: {error}") from None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise DataError(message)
 
 
 def command_options(run: Run, folder: str) -> list[str]:
@@ -173,6 +190,19 @@ def command_options(run: Run, folder: str) -> list[str]:
 
     values = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in run.arguments.items()}
     return options({**values, "output_dir": folder})
+
+
+def evaluation_options(run: Run, folder: str) -> list[str]:
+    """Those of ``evaluate.py``, for what the run has left in its folder: an adapter, or without one a whole model."""
+    from launcher import options
+
+    base = str(run.arguments.get("model_name_or_path", ""))
+    adapted = find_block(run.config) is not None
+    model = {"model": base, "adapter": folder, "log": folder} if adapted else {"model": folder}
+    arguments = {"predictions": f"{folder}/{ANSWERS}", **run.evaluate["arguments"]}
+    values = {name: value for name, value in arguments.items() if not isinstance(value, bool)}
+    flags = [f"--{name}" for name, value in arguments.items() if value is True]
+    return [*options({**model, **values, "data": run.evaluate["data"]}), *flags]
 
 
 def _require_equal(run: Run) -> None:
@@ -193,8 +223,9 @@ def _parser() -> Any:
     class Checking(Parser):
         """Mistakes are raised in place of being printed."""
 
-        def error(self, message: str) -> Any:
-            raise DataError(message)
+        def error(self, message: str) -> NoReturn:
+            """As for the other script."""
+            _refuse(message)
 
     return Checking()
 

@@ -26,10 +26,9 @@ import launcher
 from data import DataError
 from resuming import newest_whole
 from sweep_file import Resources
-from sweep_plan import CONFIG, Run, command_options, read_run
+from sweep_plan import CONFIG, Run, command_options, evaluation_options, read_run
 
 from meft_engine.checkpoint.folders import write_text
-from meft_engine.config import find_block
 
 STATUS, LOG, EVALUATION_LOG, REPORT = "status.json", "log.txt", "evaluate.log", "train_report.json"
 WAITING, RUNNING, INTERRUPTED, FINISHED, FAILED, OVER_BUDGET = (
@@ -278,14 +277,10 @@ def _signal_group(group: int, number: int) -> None:
 
 def _evaluate(folder: Path, run: Run, resources: Resources, stop: Stop) -> dict[str, Any] | None:
     """What ``evaluate.py`` says of the trained adapter, or ``None`` if we were asked to stop."""
-    base = str(run.arguments.get("model_name_or_path", ""))
-    trained = find_block(run.config) is not None
-    model = {"model": base, "adapter": str(folder), "log": str(folder)} if trained else {"model": str(folder)}
-    options = launcher.options({**model, **run.evaluate["arguments"], "data": run.evaluate["data"]})
     output = folder / EVALUATION_LOG
     with output.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            launcher.script("evaluate.py", *options),
+            launcher.script("evaluate.py", *evaluation_options(run, str(folder))),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -46,6 +46,9 @@ def test_two_runs_train_are_asked_and_are_compared(tmp_path: Path) -> None:
         assert float(row["final_loss"]) == next(entry["loss"] for entry in reversed(history) if "loss" in entry)
         last = json.loads((folder / "evaluate.log").read_text().splitlines()[-1])
         assert float(row["exact_match"]) == last["train"]["exact_match"]
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        assert len(answers) == last["train"]["count"]
+        assert sum(answer["correct"] for answer in answers) / len(answers) == last["train"]["exact_match"]
     (named,) = [line for line in done.stdout.splitlines() if line.startswith("side by side: ")]
     command = named.removeprefix("side by side: ").replace("meft-engine", f"{sys.executable} -m meft_engine", 1)
     shown = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=100)

@@ -113,6 +113,35 @@ def test_arguments_are_parsed_by_the_training_script(tmp_path: Path) -> None:
         path.write_text(text)
 
 
+def test_what_runs_are_asked_is_read_before_they_start(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text('{"question": "a", "answer": ["5", "five"]}')
+
+    def check(arguments: dict[str, Any]) -> list[str]:
+        evaluate = {"data": str(tmp_path / "set.jsonl"), "arguments": arguments}
+        runs = runs_of(tmp_path, {"model_name_or_path": "m"}, evaluate=evaluate)
+        sweep_plan.check(runs)
+        return sweep_plan.evaluation_options(runs[0], "FOLDER")
+
+    columns = {"prompt_column": "question", "completion_column": "answer"}
+    options = check({**columns, "max_new_tokens": 3, "final_number": False})
+    assert options == [
+        *("--model=m", "--adapter=FOLDER", "--log=FOLDER", "--predictions=FOLDER/answers.jsonl"),
+        *("--prompt_column=question", "--completion_column=answer", "--max_new_tokens=3"),
+        *("--data", str(tmp_path / "set.jsonl")),
+    ]
+    for arguments, sentence in (
+        ({}, "evaluate: data .* has no column 'prompt'"),
+        ({**columns, "final_number": True}, "evaluate: example 1 of data .* has no number in 'answer'"),
+        ({**columns, "max_new_tokens": "few"}, "evaluate: argument --max_new_tokens: invalid int value: 'few'"),
+        ({**columns, "bach_size": 3}, "evaluate: unrecognized arguments: --bach_size=3"),
+        ({**columns, "adapter": "other"}, "evaluate.arguments: adapter is set by the sweep"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            check(arguments)
+    (tmp_path / "set.jsonl").write_text('{"question": "a", "answer": "5"}')
+    assert check({**columns, "final_number": True})[-1] == "--final_number"
+
+
 # What is there already
 
 
@@ -158,7 +187,7 @@ def test_the_example_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     for name in ("ds_configs", "launch"):
         (tmp_path / name).symlink_to(root / name)
     (tmp_path / "runs" / "facts").mkdir(parents=True)
-    (tmp_path / "runs" / "facts" / "trained.jsonl").write_text("{}\n")
+    (tmp_path / "runs" / "facts" / "trained.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     monkeypatch.chdir(tmp_path)
     assert sweep.main(["launch/sweeps/demo.yaml", "--output", "runs/sweep", "--dry_run"]) == 0
     printed = capsys.readouterr().out
