@@ -87,6 +87,13 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
     return folder
 
 
+def is_validated(trainer: Trainer) -> bool:
+    """Whether the weights as they are now have been validated; after training, the best ones may have come back."""
+    if trainer.args.load_best_model_at_end:
+        return False
+    return any("eval_loss" in e and e["step"] == trainer.state.global_step for e in trainer.state.log_history)
+
+
 def train_report(trainer: Trainer, timer: StepTimer, train_loss: float) -> dict[str, Any]:
     """What the engine says about its adapter (nothing for plain DeepSpeed), the number of steps and their speed."""
     engine_report = getattr(trainer.model_wrapped, "meft_report", dict)()
@@ -224,7 +231,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         raise
     finally:
         progress.close()
-    if "eval" in data:
+    if "eval" in data and not is_validated(trainer):
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()

@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.lab import ROOT, plain_environment
 from tests.families import tiny_block
 from tests.integration.engines import ds_config
-from tests.ports import free_port
+from tests.process_groups import free_port
 
 TRAIN = Path(__file__).parent / "scripts" / "train.py"
 

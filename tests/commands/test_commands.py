@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import ELSEWHERE, ROOT, commands, without_ellipses
-from tests.ports import free_port
+from tests.process_groups import free_port, without_ranks
 from tests.sweep_materials import DS_CONFIG, write_model
 
 pytestmark = pytest.mark.commands
@@ -29,7 +29,6 @@ COMMANDS = [(place, command) for place, command in commands() if shlex.split(com
 STARTED = {"deepspeed", "python", "meft-engine", "accelerate", "pip"}
 HUB_MODELS = ("meta-llama/Llama-3.1-8B", "huggyllama/llama-7b")
 QUESTIONS = [{"prompt": f"city {i} is", "completion": f" {chr(97 + i % 26) * 3}"} for i in range(64)]
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 EARLIER = ("runs/first", "runs/small", "runs/large", "runs/demo/adapter", "FOLDER")
 """Runs that commands read; a document that does not make one finds a copy of the README's there."""
 
@@ -99,9 +98,13 @@ def run(folder: Path, command: str, limit: float = 400) -> str:
     elif words[0] == "deepspeed":
         words[1:1] = ["--master_port", str(free_port())]
         words += ["--use_cpu"] if "launch/finetune.py" in words else []
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     path = (folder / "bin", Path(sys.executable).parent, os.environ["PATH"])
-    environment |= {"PATH": ":".join(map(str, path)), "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hub")}
+    environment = {
+        **without_ranks(os.environ),
+        "PATH": ":".join(map(str, path)),
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(folder / "hub"),
+    }
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     done = subprocess.run(
         words, cwd=folder, env=environment, input="city 3 is\n\n", capture_output=True, text=True, timeout=limit

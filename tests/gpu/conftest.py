@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.ports import free_port
+from tests.process_groups import free_port
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

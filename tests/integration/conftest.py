@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.ports import free_port
+from tests.process_groups import free_port
 
 # Before DeepSpeed is imported: it reads them at import or when it joins the process group.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.ports import free_port
+from tests.process_groups import free_port, without_ranks
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -28,11 +28,10 @@ def start_jobs(
     file.write_text(json.dumps(jobs))
     command, port = [sys.executable], str(free_port())
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    environment = without_ranks(environment) if launched else environment
     if launched:
         command += ["-m", "deepspeed.launcher.runner", "--num_accelerators", "1", "--master_port", port]
         command += ["--module", module] if module else []
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
     command += [str(SCRIPTS / "run_several.py"), str(file)]
     with (folder / f"{process}.log").open("w") as log:
         # In a process group of its own, so that the launcher's children can be ended with it.

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from finetune import is_validated
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -19,7 +21,7 @@ import meft_engine
 from tests.families import tiny_block
 from tests.integration.engines import differing, largest_difference
 from tests.integration.processes import SCRIPTS, start_jobs, wait_for
-from tests.ports import free_port
+from tests.process_groups import free_port
 from tests.sweep_materials import write_materials, write_model
 
 pytest.importorskip("trl")
@@ -185,6 +187,20 @@ def test_finetune_shows_lengths_trains_and_saves(name, folder):
     assert ("first " in log) == ("streamed" in name)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("finetune", [2, 4, 6]), ("finetune streamed", [6])])
+def test_finetune_validates_what_it_has_trained_once(name, steps, folder):
+    assert [entry["step"] for entry in state(folder / name)["log_history"] if "eval_loss" in entry] == steps
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_the_best_weights_are_validated_anew(best):
+    state = SimpleNamespace(global_step=4, log_history=[{"eval_loss": 1.0, "step": 2}, {"loss": 1.0, "step": 4}])
+    trainer = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=best))
+    assert not is_validated(trainer)
+    state.log_history.append({"eval_loss": 1.0, "step": 4})
+    assert is_validated(trainer) != best
+
+
 def test_finetune_shows_lines_where_there_is_no_terminal(folder):
     lines = [line for line in (folder / "launched.log").read_text().splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == [f"{step}/6" for step in range(1, 7)]
@@ -196,7 +212,7 @@ def test_finetune_without_a_block_tells_programs_what_it_does(folder):
     """One object for each log, evaluation and end; what DeepSpeed says of itself stands between them."""
     lines = (folder / "without block.log").read_text().splitlines()
     events = [json.loads(line) for line in lines if line.startswith('{"event"')]
-    assert [event["event"] for event in events] == ["train", "eval", "train", "eval", "eval", "end"]
+    assert [event["event"] for event in events] == ["train", "eval", "train", "eval", "end"]
     trained = [event for event in events if event["event"] == "train"]
     assert [event["loss"] for event in trained] == losses(folder / "finetune json")
     assert all(event["tokens_per_second"] > 0 and "meft/touched_share" not in event for event in trained)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.process_groups import without_ranks
 from tests.sweep_materials import content, write_materials, write_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +21,7 @@ pytestmark = pytest.mark.slow
 
 def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """``launch/sweep.py`` as a user starts it, in ``folder``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+    environment = {**without_ranks(os.environ), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 

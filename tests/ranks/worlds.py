@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.ports import free_port
+from tests.process_groups import free_port
 from tests.ranks.cases import Case
 
 ROOT = Path(__file__).parents[2]

@@ -25,6 +25,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from tests.process_groups import without_ranks
+
 FINETUNE = Path(finetune.__file__)
 WORDS = ["<eos>", "<unk>", "where", "is", "zrh", "gva", "the", "airport", "zurich", "geneva", "and", "bern"]
 ROLES = ["system:", "user:", "assistant:", "tool:"]
@@ -427,8 +429,12 @@ def test_a_script_ends_with_the_sentence_and_without_a_traceback(tmp_path: Path)
     command = [sys.executable, str(FINETUNE), "--model_name_or_path", str(tmp_path / "model"), "--use_cpu"]
     command += ["--train_file", str(tmp_path / "chat.jsonl"), "--output_dir", str(tmp_path / "out")]
     # Not as a rank of the group that other tests have set up in this process.
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    environment = {
+        **without_ranks(os.environ),
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("finetune.py: the tokenizer has no chat template")

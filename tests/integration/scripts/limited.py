@@ -13,7 +13,7 @@ import time
 
 import psutil
 
-from tests.ports import free_port
+from tests.process_groups import free_port
 
 ROWS = 1 << 20
 
