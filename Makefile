@@ -121,7 +121,7 @@ bench-checkpoints: $(BENCH_STAMP)
 bench-speed: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
 
-# What `meft-engine plan` says of five runs, beside what they take; ten minutes, 8 GB of memory.
+# What `meft-engine plan` says of six runs, beside what they take; ten minutes, 8 GB of memory.
 bench-plan: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/plan.py $(BENCH_ARGS)
 

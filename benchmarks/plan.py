@@ -1,4 +1,4 @@
-"""What `meft-engine plan` says of five runs beforehand, beside what they take.
+"""What `meft-engine plan` says of six runs beforehand, beside what they take.
 
 Each run has a process of its own, and one more in which a device is played, whose account is held against the plan by
 kind. Writes a CSV; the last line is one JSON object. See README.md in this folder.
@@ -99,6 +99,7 @@ CASES = [
         bf16=True,
         stage=2,
     ),
+    Case("ZeRO 3", "llama", 4, 128, {"adapter": {"rows": 4096}}, bf16=True, stage=3),
     # Of which nothing was known when the planner's factors were set.
     Case("held out: bf16 base, many rows", "smollm2", 4, 96, {"adapter": {"rows": 16384}}, bf16=True, stage=1),
 ]

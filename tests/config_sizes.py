@@ -100,9 +100,10 @@ def needs(config: dict[str, Any], model: ModelShape, promise: Promise) -> Needs:
     here = promise.ranks_of_node
     tokens = config["train_micro_batch_size_per_gpu"] * promise.length
     device = device_bytes_needed(block, model.layers, model.width, tokens, compute_dtype=torch.bfloat16)
-    base = base_bytes_needed(model, tokens)
+    stage_3 = config["zero_optimization"]["stage"] == 3
+    base = base_bytes_needed(model, tokens, keeps_inputs=stage_3)
     of_base = base["base"]
-    if config["zero_optimization"]["stage"] == 3:
+    if stage_3:
         of_base = of_base // (here * promise.nodes) + STAGE_3_LIVE
     rows = host_bytes_needed(
         block,

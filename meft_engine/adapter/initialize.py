@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from meft_engine.offload.memory import ReusedMemory
+
 NOISE = 2.0
 """Noise in keys, as a multiple of the root mean square of the FFN's row: measured, by ``benchmarks/quality.py``."""
 
@@ -23,17 +25,20 @@ def initial_keys(gate_weight: Tensor, rows: int, method: str, seed: int, noise: 
         [r, d] float32 on the CPU; no two rows are equal.
     """
     count, width = gate_weight.shape
-    keys = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-    source = gate_weight.detach().float().cpu()
+    # Not on the heap, where what stays of each layer would come to lie in the place of the last one's.
+    keys = ReusedMemory().empty(rows, width)
+    torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), out=keys)
+    source = gate_weight.detach().cpu()
     # In float64: else the order in which a layout is summed would show in the keys.
     sizes = torch.linalg.vector_norm(source, dim=1, keepdim=True, dtype=torch.float64) / width**0.5
     overall = float(sizes.square().mean().sqrt()) or width**-0.5
     if method == "random":
         return keys.mul_(overall * (1 + noise**2) ** 0.5)
     # An all-zero row would stay zero under noise of its own size.
-    sizes = torch.where(sizes > 0, sizes, overall).float()
-    of_row = torch.arange(rows) % count
-    return keys.mul_(noise * sizes[of_row]).add_(source[of_row])
+    sizes = noise * torch.where(sizes > 0, sizes, overall).float()
+    for some in keys.split(count):
+        some.mul_(sizes[: len(some)]).add_(source[: len(some)])
+    return keys
 
 
 def seed_of_layer(seed: int, index: int) -> int:

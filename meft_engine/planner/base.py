@@ -5,7 +5,7 @@ from __future__ import annotations
 from meft_engine.planner.model_shape import ModelShape
 
 
-def base_bytes_needed(model: ModelShape, tokens: int) -> dict[str, int]:
+def base_bytes_needed(model: ModelShape, tokens: int, *, keeps_inputs: bool = False) -> dict[str, int]:
     """Bytes of device memory that a frozen base in bf16 takes in a forward and backward, without checkpointing.
 
     Counted is what autograd keeps of a layer of the Llama family where weights need no gradient: fp32 inputs of both
@@ -15,18 +15,24 @@ def base_bytes_needed(model: ModelShape, tokens: int) -> dict[str, int]:
 
     Args:
         tokens: of a micro-batch.
+        keeps_inputs: under ZeRO stage 3, whose linear layers keep their inputs too: those of queries, keys and values,
+            of the down projection and of the head. That of gate and up projection is the adapter's.
     """
     of_layer = 2 * 4 * model.width + 4 * 2 * model.width + 3 * 2 * model.intermediate + 2 * model.width
+    of_end = _of_end(model)
+    if keeps_inputs:
+        of_layer, of_end = of_layer + 2 * model.width + 2 * model.intermediate, of_end + 2 * model.width
     return {
         "base": 2 * model.parameters,
-        "activations": tokens * (model.layers * of_layer + _of_end(model)),
+        "activations": tokens * (model.layers * of_layer + of_end),
     }
 
 
-def checkpointed_bytes(model: ModelShape, tokens: int) -> int:
+def checkpointed_bytes(model: ModelShape, tokens: int, *, keeps_inputs: bool = False) -> int:
     """The same activations where each layer is computed again in the backward: the inputs of all, and one whole."""
-    of_layer = base_bytes_needed(model, tokens)["activations"] - tokens * _of_end(model)
-    return tokens * (model.layers * 2 * model.width + _of_end(model)) + of_layer // model.layers
+    whole = base_bytes_needed(model, tokens, keeps_inputs=keeps_inputs)["activations"]
+    end = tokens * _of_end(model)
+    return tokens * model.layers * 2 * model.width + end + (whole - end) // model.layers
 
 
 def _of_end(model: ModelShape) -> int:

@@ -30,7 +30,7 @@ _PAGE = 1 << 21  # gradients lie in whole huge pages
 
 
 def adapter_activations(run: RunSettings, model: ModelShape) -> int:
-    """Bytes that adapters keep of a micro-batch for its backward: their input, and choices and scores of each token.
+    """Bytes that adapters keep of a micro-batch for its backward: choices and scores of each token.
 
     Choices are kept twice, for the backward and for layers that run again.
     """
@@ -41,19 +41,21 @@ def adapter_activations(run: RunSettings, model: ModelShape) -> int:
     of_layer = tokens * (2 * chosen + of_token) + 2 * 8 * most_active_rows(run.block, tokens)
     if run.gradient_checkpointing:
         of_layer = tokens * chosen + 8 * most_active_rows(run.block, tokens)
-    widths = model.adapted(block)
-    inputs = 0 if run.gradient_checkpointing else tokens * sum(widths) * run.base_dtype.itemsize
-    return len(widths) * of_layer + inputs
+    return len(model.adapted(block)) * of_layer
 
 
 def activations(run: RunSettings, model: ModelShape, trace: BaseTrace | None, *, device: str) -> int:
     """Bytes at the worst moment of a micro-batch's forward and backward, besides weights."""
+    size = run.base_dtype.itemsize
     if trace is not None:
         base = trace.heap_peak if device == "cpu" else trace.peak
+        # Adapters keep their inputs, which a base without them keeps only where its linear layers do.
+        if not (run.gradient_checkpointing or run.keeps_inputs):
+            base += run.tokens * sum(model.adapted(run.block.adapter)) * size
+    elif run.gradient_checkpointing:
+        base = checkpointed_bytes(model, run.tokens, keeps_inputs=run.keeps_inputs) * size // 2
     else:
-        wide = run.base_dtype.itemsize / 2
-        found = checkpointed_bytes if run.gradient_checkpointing else lambda *a: base_bytes_needed(*a)["activations"]
-        base = int(wide * found(model, run.tokens))
+        base = base_bytes_needed(model, run.tokens, keeps_inputs=run.keeps_inputs)["activations"] * size // 2
     return base + adapter_activations(run, model)
 
 
@@ -90,6 +92,7 @@ def host_bytes(
     weights = model.parameters * run.base_dtype.itemsize
     if device == "cpu":
         found["base"] = ranks * (weights // run.ranks if run.stage == 3 else weights)
+        found["gathered"] = ranks * _gathered(run, model, device)
         found["activations"] = ranks * activations(run, model, trace, device=device)
     else:
         found["base"] = ranks * (weights // run.ranks) if run.offload_param else 0
@@ -106,6 +109,14 @@ def trained_parameters(run: RunSettings, model: ModelShape) -> int:
     widths = Counter(model.adapted(run.block.adapter))
     routers = sum(router_parameters(run.block, layers, width) for width, layers in widths.items())
     return routers + (0 if run.block.adapter.freeze_base else model.parameters)
+
+
+def _gathered(run: RunSettings, model: ModelShape, device: str) -> int:
+    """What stage 3 brings together of the base; one rank alone computes with its part, unless that lies elsewhere."""
+    lies_elsewhere = run.offload_param and device != "cpu"
+    if run.stage != 3 or (run.ranks == 1 and not lies_elsewhere):
+        return 0
+    return min(model.parameters, max(run.most_live, model.largest_module)) * run.base_dtype.itemsize
 
 
 def _gradients(run: RunSettings, width: int, share: float | None) -> int:
@@ -170,8 +181,7 @@ def device_bytes(run: RunSettings, model: ModelShape, trace: BaseTrace | None) -
     if block.optimizer.mode == "dense_equivalent":
         adapter["brought"] = most_active_rows(block, run.tokens) * max(widths) * 4  # one layer's values at a time
     if run.stage == 3:
-        live = min(model.parameters, max(run.most_live, model.largest_module)) * size
-        found = {"base": 0 if run.offload_param else weights // run.ranks, "gathered": live}
+        found = {"base": 0 if run.offload_param else weights // run.ranks, "gathered": _gathered(run, model, "cuda")}
     if run.offload_optimizer:
         adapter["routers"] = adapter["routers"] // BYTES_PER_TRAINED_PARAMETER * 2 * size
     if not block.adapter.freeze_base:

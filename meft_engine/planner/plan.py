@@ -170,7 +170,14 @@ class Planner:
         if isinstance(self._config, ModelShape):
             return None
         frozen = run.block.adapter.freeze_base
-        key = (run.micro_batch, run.sequence_length, run.base_dtype, run.gradient_checkpointing, frozen)
+        key = (
+            run.micro_batch,
+            run.sequence_length,
+            run.base_dtype,
+            run.gradient_checkpointing,
+            frozen,
+            run.keeps_inputs,
+        )
         if key not in self._traces:
             self._traces[key] = self._traced(run, run.base_dtype)
             if self._traces[key] is None and run.base_dtype == torch.float32:
@@ -188,6 +195,7 @@ class Planner:
                     run.sequence_length,
                     gradient_checkpointing=run.gradient_checkpointing,
                     frozen=run.block.adapter.freeze_base,
+                    keeps_inputs=run.keeps_inputs,
                 )
         except MeftConfigError:
             raise
@@ -208,6 +216,8 @@ class Planner:
     ) -> Plan:
         """See :func:`plan_run`."""
         model, trace = self.shape(run), self.trace(run)
+        if device == "cpu" and run.gradient_checkpointing and trace is not None:
+            trace = trace.with_gaps(self.trace(replace(run, gradient_checkpointing=False)))
         host = host or host_limit()
         if device == "cuda" and on_device is None:
             on_device = device_limit("cuda")

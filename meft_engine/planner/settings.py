@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class RunSettings:
     """Of the buffer, or two, that ZeRO gathers gradients in on the device; 0 in stage 0."""
     most_live: int
     """Elements of the base that stage 3 may keep whole on the device."""
+    keeps_inputs: bool
+    """Whether linear layers keep their inputs although their weights are frozen: DeepSpeed's own of stage 3 do."""
     gradient_checkpointing: bool
     ranks_of_node: int
     nodes: int
@@ -99,6 +102,9 @@ def read_settings(
     stage = _number(zero, "stage") or 0
     if stage not in (0, 1, 2, 3):
         raise MeftConfigError(f"zero_optimization.stage = {stage} is not known; use 0, 1, 2 or 3")
+    # Without its own linear layers autograd holds on to every weight that was gathered.
+    spares_weights = stage == 3 and zero.get("memory_efficient_linear", True) is not False
+    most_live = int(_number(zero, "stage3_max_live_parameters") or 1e9) if spares_weights else sys.maxsize
     half = torch.bfloat16 if base_dtype != torch.float32 else torch.float32
     return RunSettings(
         block=block,
@@ -111,7 +117,8 @@ def read_settings(
         offload_optimizer=_offloads(zero, "offload_optimizer") and stage > 0,
         offload_param=_offloads(zero, "offload_param") and stage == 3,
         bucket_bytes=_bucket_bytes(zero, stage, base_dtype),
-        most_live=int(_number(zero, "stage3_max_live_parameters") or 1e9),
+        most_live=most_live,
+        keeps_inputs=spares_weights,
         gradient_checkpointing=gradient_checkpointing,
         ranks_of_node=gpus,
         nodes=nodes,

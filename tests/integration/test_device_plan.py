@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft_engine.config import MeftConfig
 from meft_engine.planner import ModelShape, base_bytes_needed, device_bytes_needed
 from tests.families import tiny_block, tiny_llama
 from tests.integration.engines import batch, build_engine, train_step
+from tests.integration.kept import kept_by_autograd
 from tests.late_copies import use_late_device
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -50,19 +50,21 @@ def test_the_account_is_the_plan(sections, bf16, monkeypatch):
     engine.destroy()
 
 
-def test_activations_of_a_frozen_base():
+@pytest.mark.parametrize("stage_3", [False, True])
+def test_activations_of_a_frozen_base(stage_3, monkeypatch):
     """What autograd keeps of a model of this shape, by its own account: within a twentieth."""
-    command = [sys.executable, "-m", "tests.integration.scripts.kept_by_autograd"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    measured, tokens = json.loads(done.stdout.splitlines()[-1]), 2 * 96
-    found = base_bytes_needed(ModelShape(4, 128, 344, 1000, measured["base"] // 2), tokens)
-    assert found["base"] == measured["base"]
-    # Of the logits autograd keeps the softmax in fp32, and knows nothing of themselves, in two precisions, and of their
-    # gradient. There is no adapter here that keeps its inputs.
-    unseen = tokens * (4 * 2 * 128 + (2 + 4 + 2) * 1000)
-    assert measured["kept"] == pytest.approx(found["activations"] - unseen, rel=0.05)
+    given = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "vocab_size": 1000}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **given)).bfloat16()
+    ids = torch.randint(1000, (2, 96))
+    kept = sum(kept_by_autograd(model, ids, stage_3, monkeypatch).values())
+    found = base_bytes_needed(
+        ModelShape(4, 128, 344, 1000, sum(p.numel() for p in model.parameters())), ids.numel(), keeps_inputs=stage_3
+    )
+    assert found["base"] == sum(p.nbytes for p in model.parameters())
+    # Beside the logits autograd keeps their softmax in fp32, and knows nothing of themselves in fp32 and of their
+    # gradient. There is no adapter here that keeps its inputs, which stage 3 keeps anyway.
+    unseen = ids.numel() * ((0 if stage_3 else 4 * 2 * 128) + (4 + 2) * 1000)
+    assert kept == pytest.approx(found["activations"] - unseen, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from meft_engine.cli import main
 from meft_engine.config import AdapterConfig, MeftConfigError
@@ -20,6 +22,7 @@ from meft_engine.planner.model_shape import imagined, shape_of
 from meft_engine.planner.trace import trace_base
 from tests.families import FAMILIES, tiny_block, tiny_llama
 from tests.integration.engines import batch, build_engine, ds_config, train_step
+from tests.integration.kept import kept_by_autograd, use_linear_layers
 from tests.late_copies import use_late_device
 
 ROOT = Path(__file__).parents[2]
@@ -75,18 +78,20 @@ def test_a_checkpoint_takes_what_is_planned(folder, tmp_path):
     assert planned.disk_in_all == 4 * planned.disk_per_checkpoint
 
 
-def test_resident_memory_of_a_process_at_its_worst_moment(tmp_path):
+@pytest.mark.parametrize("number", [3, 4], ids=["ZeRO 2", "ZeRO 3"])
+def test_resident_memory_of_a_process_at_its_worst_moment(number, tmp_path):
     """Of a model of some size, within a twentieth; predicted before the process starts."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from plan import CASES, model_folder, said_of
 
-    case = CASES[3]
+    case = CASES[number]
+    assert case.stage == number - 1
     model = model_folder("llama", tmp_path)
     options = {"sequence_length": case.length, "host_memory": 1 << 50}
     on_host = plan_run(case.config(), model, device="cpu", speeds=SPEEDS, **options)
     said = said_of(on_host, on_host, ())
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "plan_contestant.py"), "3", model, "1", "host"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "plan_contestant.py"), str(number), model, "1", "host"]
     pipes = {"input": "\n\n", "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run(command, env=environment, cwd=ROOT, **pipes)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -111,32 +116,75 @@ def test_every_family_is_counted_without_weights(family):
     assert traces[1].backward_flops > traces[0].backward_flops > 0
 
 
-def test_an_imagined_run_keeps_and_computes_what_a_real_one_does():
+@pytest.mark.parametrize("stage_3", [False, True])
+def test_an_imagined_run_keeps_and_computes_what_a_real_one_does(stage_3, monkeypatch):
     """Autograd's own account of a real forward, and operations by the sizes of weights."""
-    real = tiny_llama().requires_grad_(False)
+    real = tiny_llama()
+    # What is planned is another process, which has layers of its own.
+    use_linear_layers(not stage_3, monkeypatch)
     with imagined(real.config) as model:
-        trace = trace_base(model, 4, 12)
-    real.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_())
-    weights = {p.untyped_storage().data_ptr() for p in (*real.parameters(), *real.buffers())}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = real(input_ids=batch(0), labels=batch(0), use_cache=False)
-    # What the caller holds is alive too: inputs, logits and the loss.
-    for tensor in (out.logits, out.loss):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        before, trace = functional.linear, trace_base(model, 4, 12, keeps_inputs=stage_3)
+    assert functional.linear is before
+    measured = sum(kept_by_autograd(real, batch(0), stage_3, monkeypatch).values())
     assert trace.kept == pytest.approx(measured, rel=0.05)
     products = [p for name, p in real.named_parameters() if p.dim() == 2]
     linear = 2 * 48 * sum(p.numel() for p in products)
     attention = 3 * 2 * 2 * 4 * 12 * 12 * 32
     assert trace.forward_flops == pytest.approx(linear + attention, rel=0.01)
     assert sum(2 * m * k * n * count for m, k, n, count in trace.products) >= 2 * linear
+
+
+def test_checkpointed_layers_are_computed_again_one_at_a_time():
+    """However seldom Python looks for garbage, of which what they keep would be a part."""
+    peaks = []
+    gc.disable()
+    try:
+        for layers in (4, 24):
+            with imagined(tiny_llama(num_hidden_layers=layers).config) as model:
+                peaks.append(trace_base(model, 4, 12, gradient_checkpointing=True).peak)
+    finally:
+        gc.enable()
+    assert peaks[1] - peaks[0] == pytest.approx(20 * 48 * 32 * 4, rel=0.1)  # of each more, its input
+
+
+def test_a_heap_keeps_a_part_of_what_checkpointed_layers_free(folder):
+    config = {"train_micro_batch_size_per_gpu": 4, "meft": {"adapter": {"rows": 1024}}}
+
+    def heap(device: str, checkpointing: bool) -> int:
+        options = {"device": device, "device_memory": 1 << 40, "gradient_checkpointing": checkpointing}
+        return plan_run(config, folder, sequence_length=64, **options).trace.heap_peak
+
+    assert heap("cuda", True) < heap("cpu", True) < heap("cpu", False) == heap("cuda", False)
+
+
+def test_stage_3_keeps_inputs_of_linear_layers(folder):
+    def activations(stage: int, checkpointing: bool = False, **zero) -> int:
+        config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage, **zero}}
+        config |= {"bf16": {"enabled": True}, "meft": {"adapter": {"rows": 1024}}}
+        options = {"device": "cuda", "device_memory": 1 << 40, "gradient_checkpointing": checkpointing}
+        return plan_run(config, folder, sequence_length=64, **options).device["activations"]
+
+    # Of each of three layers the inputs of queries, keys and values and of the down projection, and that of the head.
+    assert activations(3) - activations(2) == 4 * 64 * 2 * (3 * (32 + 48) + 32)
+    assert activations(3, memory_efficient_linear=False) == activations(2)
+    assert activations(2, True) <= activations(3, True) < activations(2)
+
+
+def test_stage_3_gathers_what_is_not_there(folder):
+    def gathered(gpus: int, device: str = "cuda", **zero) -> int:
+        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3, **zero}}
+        config["meft"] = {"adapter": {"rows": 1024}}
+        found = plan_run(config, folder, gpus=gpus, device=device, device_memory=1 << 40, sequence_length=16)
+        return (found.device or found.host).get("gathered", 0)
+
+    whole = 4 * sum(p.numel() for p in tiny_llama().parameters())
+    offloaded, few = {"offload_param": {"device": "cpu"}}, {"stage3_max_live_parameters": 1}
+    assert [gathered(2), gathered(2, "cpu")] == [whole, 2 * whole]  # of one device, and of a host with two ranks
+    assert [gathered(1), gathered(1, "cpu"), gathered(1, "cpu", **offloaded)] == [0, 0, 0]
+    assert gathered(1, **offloaded) == whole
+    assert 0 < gathered(2, **few) < whole
+    # Then autograd holds on to the weights.
+    assert gathered(2, **few, memory_efficient_linear=False) == whole
 
 
 def test_sizes_follow_ranks_and_zero(folder):

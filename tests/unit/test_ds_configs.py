@@ -66,7 +66,6 @@ def test_a_plan_of_the_model_itself_is_that_of_its_shape(tmp_path):
     """Of which activations are known by a formula alone, and here from a run without memory, by the command."""
     given = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     LlamaConfig(**given, num_attention_heads=32, num_key_value_heads=8, dtype="bfloat16").save_pretrained(tmp_path)
-    # A process in which other tests have run may have another attention.
     command = [sys.executable, "-m", "meft_engine", "plan", str(FOLDER / "meft_24gb.json"), "--model", str(tmp_path)]
     command += ["--sequence_length", "256", "--device", "cuda", "--device_memory", "25GB", "--host_memory", "64GB"]
     done = subprocess.run([*command, "--no_time", "--json"], capture_output=True, text=True, timeout=120)
