@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import datasets
 import demo
 import evaluate
 import facts
@@ -15,6 +16,7 @@ import inference
 import model_zoo
 import pytest
 import torch
+from data import DataError
 from scoring import exact_match, final_number, normalize, score, token_f1
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -148,12 +150,24 @@ def test_every_right_answer_counts_and_solutions_by_their_number(
     assert result["exact_match"] == 0.5 and [record["correct"] for record in records] == [True, False]
     # How many tokens, and whether an answer ends at the end of its line.
     assert [(call[4], call[6]) for call in asked] == [(16, True), (256, False)]
-    with pytest.raises(SystemExit, match=r"example 2 of data .* has no number in 'answer'"):
-        ask([], [solved[0], {"question": "b", "answer": "none"}], "--final_number")
+    for answer in ("none", ["5", "five"]):
+        with pytest.raises(SystemExit, match=r"example 1 of data .* has no number in 'answer'"):
+            ask([], [{"question": "b", "answer": answer}], "--final_number")
     with pytest.raises(SystemExit, match=r"example 1 of data .* has no 'answer'"):
         ask([], [{"question": "b", "answer": ["Bern", " "]}])
     with pytest.raises(SystemExit, match="no column 'question'.*--prompt_column"):
         ask([], [{"prompt": "b", "answer": "5"}])
+
+
+def test_questions_of_a_split_are_asked(tmp_path: Path) -> None:
+    parts = {name: datasets.Dataset.from_list([{"q": name, "completion": "x"}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    options = ["--model", "m", "--data", str(tmp_path / "set"), "--prompt_column", "q"]
+    for more, name in ([], "train"), (["--dataset_split", "test"], "test"):
+        args = evaluate.parse_arguments([*options, *more])
+        assert evaluate.load_questions(args) == {"set": [(name, ["x"])]}
+    with pytest.raises(DataError, match="has no split 'validation'"):
+        evaluate.load_questions(evaluate.parse_arguments([*options, "--dataset_split", "validation"]))
 
 
 # Answers
