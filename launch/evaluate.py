@@ -36,8 +36,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", required=True, help="files, folders or datasets of the hub")
     parser.add_argument("--dataset_config", help="which configuration of a hub's dataset")
     parser.add_argument("--dataset_split", default="train", help="which part, where there are several (default: train)")
-    parser.add_argument("--prompt_column", default="prompt")
-    parser.add_argument("--completion_column", default="completion", help="a text, or a list of which each is right")
+    parser.add_argument("--prompt_column", default="prompt", help="of questions (default: prompt)")
+    parser.add_argument(
+        "--completion_column", default="completion", help="of answers: a text, or a list of which each is right"
+    )
     parser.add_argument("--final_number", action="store_true", help="compare the last number of answers (GSM8K)")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, help="of an answer: 16, or 256 with --final_number")

@@ -217,7 +217,8 @@ class Planner:
         """See :func:`plan_run`."""
         model, trace = self.shape(run), self.trace(run)
         if device == "cpu" and run.gradient_checkpointing and trace is not None:
-            trace = trace.with_gaps(self.trace(replace(run, gradient_checkpointing=False)))
+            whole = self.trace(replace(run, gradient_checkpointing=False))
+            trace = trace.with_gaps(whole) if whole is not None else trace
         host = host or host_limit()
         if device == "cuda" and on_device is None:
             on_device = device_limit("cuda")
