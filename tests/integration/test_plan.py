@@ -78,20 +78,18 @@ def test_a_checkpoint_takes_what_is_planned(folder, tmp_path):
     assert planned.disk_in_all == 4 * planned.disk_per_checkpoint
 
 
-@pytest.mark.parametrize("number", [3, 4], ids=["ZeRO 2", "ZeRO 3"])
-def test_resident_memory_of_a_process_at_its_worst_moment(number, tmp_path):
+def test_resident_memory_of_a_process_at_its_worst_moment(tmp_path):
     """Of a model of some size, within a twentieth; predicted before the process starts."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from plan import CASES, model_folder, said_of
 
-    case = CASES[number]
-    assert case.stage == number - 1
+    case = CASES[3]
     model = model_folder("llama", tmp_path)
     options = {"sequence_length": case.length, "host_memory": 1 << 50}
     on_host = plan_run(case.config(), model, device="cpu", speeds=SPEEDS, **options)
     said = said_of(on_host, on_host, ())
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "plan_contestant.py"), str(number), model, "1", "host"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "plan_contestant.py"), "3", model, "1", "host"]
     pipes = {"input": "\n\n", "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run(command, env=environment, cwd=ROOT, **pipes)
     assert done.returncode == 0, done.stderr[-2000:]
